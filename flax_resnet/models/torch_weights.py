@@ -1,0 +1,116 @@
+"""PyTorch state_dicts to our variables and back, by one mechanical rule.
+
+The names of the modules are PyTorch's but for two spellings: `layer1.0` is
+`layer1_0`, and `downsample.0` and `.1` are `downsample_conv` and `downsample_bn`.
+So `layer1.0.conv1.weight` [O, I, H, W] is `params/layer1_0/conv1/kernel`
+[H, W, I, O]. BatchNorm's weight and bias are scale and bias in `params`; its
+running_mean and running_var are mean and var in `batch_stats`, unchanged.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+
+
+def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of `model` with a PyTorch model's weights.
+
+    Args:
+      model: a `ResNet` or one of its blocks.
+      state_dict: what `state_dict()` of its PyTorch twin returns, with torchvision's
+        names; values are tensors or arrays. num_batches_tracked is left out.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, float32 copies.
+
+    Raises:
+      ValueError: lists every entry that is missing, left over or of another shape.
+    """
+    arrays = {
+        name: _to_numpy(value)
+        for name, value in state_dict.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    first = arrays.get("conv1.weight")
+    channels = first.shape[1] if first is not None and first.ndim == 4 else 3
+    # 64 pixels are enough for any stem; the shapes of the variables do not depend on it.
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    shapes = flatten_dict(
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    )
+    expected = {_torch_name(path): path for path in shapes}
+
+    problems = [f"missing {name}" for name in expected if name not in arrays]
+    problems += [f"left over {name}" for name in arrays if name not in expected]
+    ours = {p: _from_layout(arrays[name]) for name, p in expected.items() if name in arrays}
+    problems += [
+        f"{_torch_name(path)} has shape {arrays[_torch_name(path)].shape}, "
+        f"expected {_to_layout(np.empty(shapes[path].shape)).shape}"
+        for path, array in ours.items()
+        if array.shape != shapes[path].shape
+    ]
+    if problems:
+        raise ValueError("the state_dict does not fit the model: " + "; ".join(problems))
+    # A copy: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
+    return unflatten_dict({p: jnp.array(array, jnp.float32) for p, array in ours.items()})
+
+
+def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict of tensors for the PyTorch twin of `model`; needs PyTorch.
+
+    Flax counts no batches, so every num_batches_tracked is 0; PyTorch reads it only
+    where a BatchNorm has momentum=None.
+
+    Args:
+      model: a `ResNet` or one of its blocks.
+      variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
+    """
+    import torch
+
+    del model  # the names tell all; the argument mirrors `from_torch`
+    flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats")})
+    state_dict = {}
+    for path, array in flat.items():
+        name = _torch_name(path)
+        state_dict[name] = torch.from_numpy(np.array(_to_layout(np.asarray(array)), order="C"))
+        if name.endswith("running_var"):
+            counter = name.replace("running_var", "num_batches_tracked")
+            state_dict[counter] = torch.tensor(0)
+    return state_dict
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    _, *modules, leaf = path
+    name = ".".join([*modules, _LEAVES[leaf]])
+    name = re.sub(r"\b(layer\d+)_(\d+)\.", r"\1.\2.", name)
+    return name.replace("downsample_conv.", "downsample.0.").replace(
+        "downsample_bn.", "downsample.1."
+    )
+
+
+def _to_layout(array: np.ndarray) -> np.ndarray:
+    """[H, W, I, O] to [O, I, H, W], and [I, O] to [O, I]."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def _from_layout(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    # .float(): NumPy has no bfloat16.
+    return value.detach().cpu().float().numpy() if hasattr(value, "detach") else np.asarray(value)

@@ -1,0 +1,60 @@
+"""SGD and its learning rate, with the meaning that PyTorch gives them."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from flax_resnet.errors import InputError
+
+
+def learning_rate_schedule(
+    config: ConfigDict, *, steps_per_epoch: int, total_steps: int
+) -> optax.Schedule:
+    """The learning rate of every step, counted from 0.
+
+    Args:
+      config: see `default_config`: schedule, learning_rate, warmup_epochs, decay_at,
+        decay_factor.
+      steps_per_epoch: unit of warmup_epochs.
+      total_steps: length of the run.
+
+    Raises:
+      InputError: if the warm-up is not shorter than the run.
+    """
+    peak = config.learning_rate
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    rest = total_steps - warmup
+    if rest <= 0:
+        raise InputError(
+            f"warmup_epochs={config.warmup_epochs} is {warmup} steps of a run of {total_steps}"
+        )
+    match config.schedule:
+        case "onecycle":  # Smith and Topin, arXiv:1708.07120; PyTorch's OneCycleLR
+            return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=warmup / total_steps)
+        case "constant":
+            schedule = optax.constant_schedule(peak)
+        case "cosine":
+            schedule = optax.cosine_decay_schedule(peak, rest)
+        case "step":
+            drops = {round(at * total_steps) - warmup: config.decay_factor for at in config.decay_at}
+            schedule = optax.piecewise_constant_schedule(peak, drops)
+        case _:
+            raise InputError(f"unknown schedule {config.schedule!r}")
+    if not warmup:
+        return schedule
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([rise, schedule], [warmup])
+
+
+def sgd(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum."""
+
+    def kernels(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    return optax.chain(
+        optax.add_decayed_weights(
+            config.weight_decay, mask=None if config.decay_bn_and_bias else kernels
+        ),
+        optax.sgd(learning_rate, momentum=config.momentum or None, nesterov=config.nesterov),
+    )

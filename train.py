@@ -1,0 +1,63 @@
+"""Trains a model, or goes on with the run that the workdir holds.
+
+    python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
+
+Every key of the config can be set, e.g. --config.batch_size=256. Exits with 2 and one
+line on standard error where the input cannot be used.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="The recipe, e.g. configs/digits_resnet8.py."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; a fresh one in runs/, named after the recipe, if not set."
+)
+
+
+def main(arguments: list[str]) -> None:
+    from flax_resnet import InputError, train  # after the flags: --help answers at once
+
+    if len(arguments) > 1:
+        fail(f"what is {arguments[1]!r}? Options begin with --")
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell all they do
+    recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        train(_CONFIG.value, workdir)
+    except InputError as error:
+        fail(error)
+    except FloatingPointError as error:
+        fail(error, code=1)
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parses the command line; the config file runs here, so anything can go wrong."""
+    try:
+        rest = flags.FLAGS(arguments)
+        if flags.FLAGS["config"].value is None:
+            fail("name a recipe, e.g. --config configs/digits_resnet8.py")
+        list(_CONFIG.value)  # where the file could not be read, this raises
+        return rest
+    except AttributeError as error:  # ml_collections has found no such key
+        key = str(error).strip("\"'\\ ").replace("\\n", " ")
+        fail(f"unknown config key: {key}")
+    except Exception as error:
+        fail(error if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}")
+
+
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Ends the program with one line on standard error."""
+    print("train.py:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
