@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import registered
 from tensorflow_datasets.image_classification import cifar
 
 from flax_resnet.errors import InputError
@@ -23,55 +24,63 @@ CIFAR10_URL = f"https://www.cs.toronto.edu/~kriz/{CIFAR10_ARCHIVE}"
 Example = tuple[int, dict[str, Any]]
 
 
-with tfds.core.registered.skip_registration():
+with registered.skip_registration():
 
     class Cifar10(cifar.Cifar10):
         """TFDS's own cifar10: its name, version, features, order and checksum.
 
         Attributes:
-          archive: an archive on disk to read; downloaded when None.
+          archive: CIFAR-10's binary archive on disk; downloaded when None.
         """
 
         archive: Path | None = None
         url_infos = cifar.Cifar10.url_infos
 
-        def _split_generators(self, dl_manager):
+        def _split_generators(self, dl_manager) -> Any:
             archive = self.archive or Path(dl_manager.download(CIFAR10_URL))
-            try:
-                with tarfile.open(archive) as tar:
-                    files = {Path(m.name).name: m for m in tar if m.isfile()}
-
-                    def read(name: str) -> bytes:
-                        file = tar.extractfile(files[name])
-                        assert file is not None  # isfile() above
-                        return file.read()
-
-                    names = read("batches.meta.txt").decode().split()
-                    train = b"".join(read(f"data_batch_{i}.bin") for i in range(1, 6))
-                    test = read("test_batch.bin")
-            except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
-                raise InputError(
-                    f"{archive} is not CIFAR-10's binary archive, or is damaged: {error!r}"
-                ) from error
-            self.info.features["label"].names = names
+            names, train, test = _read_cifar10(archive)
+            features: Any = self.info.features
+            features["label"].names = names
             return {
-                "train": self._generate_examples("train", train),
-                "test": self._generate_examples("test", test),
+                "train": _cifar10_examples("train", train),
+                "test": _cifar10_examples("test", test),
             }
 
-        def _generate_examples(self, split: str, records: bytes) -> Iterator[Example]:
-            # A record is the label and the planes red, green and blue, row by row.
-            rows = np.frombuffer(records, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-            for i, row in enumerate(rows):
-                image = row[1:].reshape(3, 32, 32).transpose(1, 2, 0)
-                yield (
-                    i,
-                    {
-                        "id": f"{split}_{i:05d}",
-                        "image": Image.fromarray(image),
-                        "label": int(row[0]),
-                    },
-                )
+
+def _read_cifar10(archive: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(class names, training records, test records) of the archive, which is not unpacked.
+
+    A record is uint8 [3073]: the label, then the red, green and blue planes row by row.
+
+    Raises:
+      InputError: if the archive is damaged, or another one.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            files = {Path(member.name).name: member for member in tar if member.isfile()}
+
+            def read(name: str) -> bytes:
+                file = tar.extractfile(files[name])
+                assert file is not None  # isfile() above
+                return file.read()
+
+            names = read("batches.meta.txt").decode().split()
+            batches = [read(f"data_batch_{i}.bin") for i in range(1, 6)]
+            train, test = (
+                np.frombuffer(records, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+                for records in (b"".join(batches), read("test_batch.bin"))
+            )
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise InputError(
+            f"{archive} is not CIFAR-10's binary archive, or is damaged: {error!r}"
+        ) from error
+    return names, train, test
+
+
+def _cifar10_examples(split: str, records: np.ndarray) -> Iterator[Example]:
+    for i, record in enumerate(records):
+        image = Image.fromarray(record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+        yield i, {"id": f"{split}_{i:05d}", "image": image, "label": int(record[0])}
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -106,7 +115,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str) -> Iterator[Example]:
         from sklearn.datasets import load_digits  # a second of import, needed once
 
-        digits = load_digits()
+        digits: Any = load_digits()
         for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             if (i % 5 == 0) == (split == "test"):
                 grey = Image.fromarray(np.uint8(np.round(pixels * 255 / 16)))

@@ -8,24 +8,31 @@ import struct
 import sys
 import tempfile
 import threading
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
 import tensorflow_datasets as tfds
-from PIL import Image
+from tensorflow_datasets.core import constants
+from tensorflow_datasets.core.registered import DatasetNotFoundError
 from tqdm import tqdm
 
 from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
 from flax_resnet.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+# A tfds.core.DatasetBuilder. TFDS annotates its attributes so widely that a type checker
+# rejects every use of them.
+_Builder = Any
 
 # What goes wrong when a file of a TFDS folder, or of our cache, is cut or overwritten.
 _DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, RuntimeError)
@@ -119,20 +126,18 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 # Opening and preparing a TFDS folder.
 
 
-def _open(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+def _open(name: str, data_dir: str | None) -> _Builder:
     """A builder whose data is on disk."""
-    classes = {"cifar10": Cifar10, "digits": Digits}
+    ours = {"cifar10": Cifar10, "digits": Digits}
+    open_builder = ours.get(name, partial(tfds.builder, name))
     try:
-        if name in classes:
-            builder = classes[name](data_dir=data_dir)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError as error:
+        builder: _Builder = open_builder(data_dir=data_dir)
+    except DatasetNotFoundError as error:
         raise InputError(
             f"unknown data set {name!r}: use cifar10, digits, or another name of TFDS"
         ) from error
     except _DAMAGE as error:
-        folder = data_dir or tfds.core.constants.DATA_DIR
+        folder = data_dir or constants.DATA_DIR
         raise InputError(_damaged(name, folder, error)) from error
     if not builder.is_prepared():
         if builder.data_path.exists():
@@ -148,7 +153,7 @@ def _damaged(name: str, folder: Any, reason: Any) -> str:
     return f"the TFDS folder {folder} of {name} is damaged: {reason}; delete it and start again"
 
 
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+def _prepare(builder: _Builder) -> None:
     """Runs TFDS's download_and_prepare, after a look whether it can succeed."""
     name, folder = builder.name, Path(builder.data_path).parents[1]
     if isinstance(builder, Cifar10):
@@ -189,12 +194,13 @@ def _reachable(url: str) -> bool:
     answers: list[bool] = []
 
     def ask() -> None:
-        with contextlib.suppress(OSError):
-            try:
-                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
-            except urllib.error.HTTPError:
-                pass  # it answered
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
             answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except OSError:
+            pass
 
     # A daemon thread, because looking the name up ignores every timeout.
     thread = threading.Thread(target=ask, daemon=True)
@@ -206,7 +212,7 @@ def _reachable(url: str) -> bool:
 # Decoding, and the cache of what was decoded.
 
 
-def _load_whole(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _load_whole(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a whole split, from the cache if that is sound."""
     try:
         fingerprint = _fingerprint(builder, split)
@@ -233,7 +239,7 @@ def _load_whole(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarr
     return images, labels
 
 
-def _fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
+def _fingerprint(builder: _Builder, split: str) -> str:
     """Changes whenever a file of the split, or what TFDS says about them, does."""
     digest = hashlib.sha256((builder.data_path / "dataset_info.json").read_bytes())
     for path in builder.info.splits[split].filepaths:
@@ -267,7 +273,7 @@ def _write_cache(path: Path, fingerprint: str, images: np.ndarray, labels: np.nd
             raise
 
 
-def _decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a split in the order of its files, as `tfds.data_source` does."""
     count = builder.info.splits[split].num_examples
     examples = tqdm(
@@ -293,16 +299,14 @@ def _decode(builder: tfds.core.DatasetBuilder, split: str) -> tuple[np.ndarray, 
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _examples(
-    builder: tfds.core.DatasetBuilder, split: str
-) -> Iterator[tuple[np.ndarray, np.integer]]:
+def _examples(builder: _Builder, split: str) -> Iterator[tuple[np.ndarray, np.integer]]:
     features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in ("image", "label")})
     for record in _records(builder, split):
-        example = features.deserialize_example_np(record)
+        example: Any = features.deserialize_example_np(record)
         yield example["image"], example["label"]
 
 
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[bytes]:
+def _records(builder: _Builder, split: str) -> Iterator[bytes]:
     """The serialised examples of a split, from ArrayRecord or TFRecord files."""
     if builder.info.file_format == tfds.core.FileFormat.TFRECORD:
         for path in builder.info.splits[split].filepaths:

@@ -227,7 +227,8 @@ class ResNet(nn.Module):
         x = batch_norm(train, dtype=self.dtype, name="bn1")(x)
         x = nn.relu(x)
         if not self.cifar_stem:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            # Flax takes what its annotation of padding does not allow.
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
         stages = zip(self.layers, self.widths, self.strides, strict=True)
         for stage, (blocks, planes, stride) in enumerate(stages, start=1):

@@ -49,7 +49,7 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
     channels = first.shape[1] if first is not None and first.ndim == 4 else 3
     # 64 pixels are enough for any stem; the shapes of the variables do not depend on it.
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    shapes = flatten_dict(
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     )
     expected = {_torch_name(path): path for path in shapes}

@@ -1,6 +1,7 @@
 """Orbax checkpoints of the newest and of the best state."""
 
 from pathlib import Path
+from typing import cast
 
 import jax
 import orbax.checkpoint as ocp
@@ -51,7 +52,7 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> TrainSta
         return like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
-        return manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return cast(TrainState, manager.restore(step, args=ocp.args.StandardRestore(abstract)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"checkpoint {manager.directory / str(step)}: {reason}") from error

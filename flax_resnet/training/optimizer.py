@@ -2,18 +2,18 @@
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from flax_resnet.errors import InputError
+from flax_resnet.training.config import Config
 
 
 def learning_rate_schedule(
-    config: ConfigDict, *, steps_per_epoch: int, total_steps: int
+    config: Config, *, steps_per_epoch: int, total_steps: int
 ) -> optax.Schedule:
     """The learning rate of every step, counted from 0.
 
     Args:
-      config: see `default_config`: schedule, learning_rate, warmup_epochs, decay_at,
+      config: see `Config`: schedule, learning_rate, warmup_epochs, decay_at,
         decay_factor.
       steps_per_epoch: unit of warmup_epochs.
       total_steps: length of the run.
@@ -36,7 +36,9 @@ def learning_rate_schedule(
         case "cosine":
             schedule = optax.cosine_decay_schedule(peak, rest)
         case "step":
-            drops = {round(at * total_steps) - warmup: config.decay_factor for at in config.decay_at}
+            drops = {
+                round(at * total_steps) - warmup: config.decay_factor for at in config.decay_at
+            }
             schedule = optax.piecewise_constant_schedule(peak, drops)
         case _:
             raise InputError(f"unknown schedule {config.schedule!r}")
@@ -46,7 +48,7 @@ def learning_rate_schedule(
     return optax.join_schedules([rise, schedule], [warmup])
 
 
-def sgd(config: ConfigDict, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
     """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum."""
 
     def kernels(params):

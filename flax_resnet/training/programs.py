@@ -7,24 +7,22 @@ are those of the global batch.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from flax_resnet.data import Dataset, augment, normalize
 from flax_resnet.errors import InputError
 from flax_resnet.models import ResNet, create_model
+from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, train_step
 
-TrainProgram = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
-EvalProgram = Callable[[TrainState, Batch, jax.Array], Metrics]
 
-
-def make_mesh(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     """One axis, "data", over `devices`; all there are by default.
 
     Raises:
@@ -45,7 +43,7 @@ def put_dataset(dataset: Dataset, mesh: Mesh) -> Batch:
     return jax.device_put({"image": dataset.images, "label": dataset.labels}, replicated)
 
 
-def build_model(config: ConfigDict, num_classes: int, platform: str) -> ResNet:
+def build_model(config: Config, num_classes: int, platform: str) -> ResNet:
     """The model of a config; dtype "auto" is bfloat16 on "gpu" and "tpu"."""
     dtype = config.dtype
     if dtype == "auto":
@@ -67,18 +65,18 @@ def epoch_order(key: jax.Array, epoch: int, num_examples: int) -> jax.Array:
 
 
 def make_train_program(
-    config: ConfigDict,
+    config: Config,
     model: ResNet,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
     statistics: tuple[Sequence[float], Sequence[float]],
     steps_per_epoch: int,
-) -> TrainProgram:
+) -> jax.stages.Wrapped:
     """Compiled (state, data, order) -> (state, metrics): the step that `state.step` names.
 
     Args:
-      config: see `default_config`.
+      config: see `Config`.
       model, optimizer: see `train_step`.
       mesh: see `make_mesh`.
       statistics: mean and std of each channel, for `normalize`.
@@ -117,7 +115,7 @@ def make_eval_program(
     *,
     batch_size: int,
     statistics: tuple[Sequence[float], Sequence[float]],
-) -> EvalProgram:
+) -> jax.stages.Wrapped:
     """Compiled (state, data, start) -> sums over data[start : start + batch_size].
 
     Beyond the end of the data a batch is filled up with examples that do not count.
@@ -140,7 +138,7 @@ def make_eval_program(
 
 
 def evaluate(
-    program: EvalProgram, state: TrainState, data: Batch, *, batch_size: int
+    program: Callable[..., Metrics], state: TrainState, data: Batch, *, batch_size: int
 ) -> dict[str, float]:
     """Mean "loss" and "accuracy" over every example of `data`, each counted once.
 

@@ -14,54 +14,49 @@ class Progress:
     Args:
       num_epochs: epochs of the run.
       total_images: training images of all epochs together.
-      done_images: those that an earlier start of the run has seen.
+      done_images: those that an earlier start of the run went through.
     """
 
     def __init__(self, num_epochs: int, total_images: int, done_images: int):
         self._num_epochs = num_epochs
-        self._first = done_images
-        self._started = self._spoken = time.monotonic()
+        self._total, self._first, self._done = total_images, done_images, done_images
+        self._started = self._spoke = time.monotonic()
+        self._plain = not sys.stderr.isatty()
         self._bar = tqdm(
             total=total_images,
             initial=done_images,
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=None,  # off where standard error is no terminal
+            disable=self._plain,
         )
-        self._plain = self._bar.disable
-        self._done = done_images
-        self._total = total_images
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
     def say(self, line: str) -> None:
         """Writes a line, above the bar if there is one."""
         tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
-        self._spoken = time.monotonic()
+        self._spoke = time.monotonic()
 
     def step(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
-        """Counts the images of a step; loss and accuracy are the epoch's so far."""
+        """Counts the images of a step; loss and accuracy are those of the epoch so far."""
         self._done += images
         if not self._plain:
             self._bar.set_description(f"epoch {epoch}/{self._num_epochs}", refresh=False)
-            self._bar.set_postfix_str(
-                f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False
-            )
+            self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             self._bar.update(images)
-        elif time.monotonic() - self._spoken > _SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             self.say(
                 f"epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  "
                 f"{self._rate():.0f} images/s  {self.time_left()} left"
             )
 
     def time_left(self) -> str:
-        """Time that the rest of the run takes at the speed of this start, like 01:23."""
+        """What the rest of the run takes at the speed of this start so far, like 01:23."""
         return tqdm.format_interval((self._total - self._done) / max(self._rate(), 1e-9))
 
     def _rate(self) -> float:

@@ -117,7 +117,7 @@ def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:
       "loss", float32 [], and "correct" and "count", int32 [].
     """
     chex.assert_rank([batch["image"], batch["label"], batch["mask"]], [4, 1, 1])
-    logits = model.apply(state.variables, batch["image"], train=False)
+    logits = jnp.asarray(model.apply(state.variables, batch["image"], train=False))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = logits.argmax(-1) == batch["label"]
     mask = batch["mask"]

@@ -3,6 +3,7 @@
 config.json, dataset.json, metrics.jsonl, events.out.tfevents.* and curves.png.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 import tensorboard.summary
-from ml_collections import ConfigDict
 
 from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
+from flax_resnet.training.config import Config
 
 Record = dict[str, Any]
 
@@ -23,7 +25,7 @@ Record = dict[str, Any]
 _FREE_KEYS = ("data_dir",)
 
 
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
+def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses a folder that cannot be written, or holds a run of another config.
 
     Raises:
@@ -37,13 +39,8 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    try:
-        theirs = json.loads(path.read_text())
-        names = theirs.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read as the config of a run: {error}") from error
-    ours = json.loads(config.to_json())
-    keys = [k for k in sorted({*names, *ours}) if k not in _FREE_KEYS]
+    theirs, ours = _read_json(path), _as_json(dataclasses.asdict(config))
+    keys = [key for key in sorted({*theirs, *ours}) if key not in _FREE_KEYS]
     other = [f"{k} ({theirs.get(k)} there)" for k in keys if theirs.get(k) != ours.get(k)]
     if other:
         raise InputError(
@@ -54,51 +51,48 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
 
 def write_description(
     workdir: Path,
-    config: ConfigDict,
+    config: Config,
     train_set: Dataset,
     statistics: tuple[Sequence[float], Sequence[float]],
 ) -> None:
     """Makes the folder, and writes config.json and dataset.json.
 
+    Args:
+      workdir: the folder.
+      config: of the run.
+      train_set: what it trains on.
+      statistics: mean and std of its channels.
+
     Raises:
       InputError: if they cannot be written, or the folder's run had other data.
     """
     mean, std = statistics
-    dataset = {
-        "name": config.dataset,
-        "class_names": list(train_set.class_names),
-        "train_examples": len(train_set),
-        "mean": list(mean),
-        "std": list(std),
-    }
+    dataset = _as_json(
+        {
+            "name": config.dataset,
+            "class_names": train_set.class_names,
+            "train_examples": len(train_set),
+            "mean": mean,
+            "std": std,
+        }
+    )
     path = workdir / "dataset.json"
-    if path.exists() and json.loads(path.read_text()) != dataset:
+    if path.exists() and _read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
-    _write_json(workdir / "config.json", json.loads(config.to_json()))
-    _write_json(path, dataset)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_json(path, dataset)
+        _write_json(workdir / "config.json", dataclasses.asdict(config))
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
-
-
-def write_scalars(writer: tensorboard.summary.Writer, record: Record) -> None:
-    """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
-    for name, value in record.items():
-        if name not in ("epoch", "step"):
-            writer.add_scalar(re.sub("^(train|test)_", r"\1/", name), value, record["step"])
-    writer.flush()
+        raise InputError(f"cannot write workdir {workdir}: {error}") from error
 
 
 def read_metrics(workdir: Path) -> list[Record]:
-    """The records of metrics.jsonl; a last line that was torn off is cut from the file."""
+    """The records of metrics.jsonl; a last line that was torn off is cut from the file.
+
+    Raises:
+      InputError: if a line before the last cannot be read.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return []
@@ -118,17 +112,52 @@ def append_metrics(workdir: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def plot_curves(records: list[Record], path: Path) -> None:
-    """Draws loss and accuracy of training and test by epoch."""
+def write_scalars(writer: tensorboard.summary.Writer, record: Record) -> None:
+    """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
+    for name, value in record.items():
+        if name not in ("epoch", "step"):
+            writer.add_scalar(re.sub("^(train|test)_", r"\1/", name), value, record["step"])
+    writer.flush()
+
+
+def plot_curves(records: Sequence[Record], path: Path) -> None:
+    """Draws loss and accuracy of training and test by epoch, if there is any."""
+    if not records:
+        return
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    epochs = [r["epoch"] for r in records]
-    for axes, metric, scale in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100)):
-        for split in ("train", "test"):
-            values = [r[f"{split}_{metric}"] * scale for r in records]
-            axes.plot(epochs, values, marker="." if len(epochs) < 40 else None, label=split)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [record["epoch"] for record in records]
+    marker = "." if len(epochs) < 40 else None
+    for split in ("train", "test"):
+        loss.plot(epochs, [r[f"{split}_loss"] for r in records], marker=marker, label=split)
+        percent = [100 * r[f"{split}_accuracy"] for r in records]
+        accuracy.plot(epochs, percent, marker=marker, label=split)
+    for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)")):
         axes.set_xlabel("epoch")
-        axes.set_ylabel("loss" if metric == "loss" else "accuracy (%)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _as_json(content: Any) -> Any:
+    """As it comes back from a JSON file: tuples as lists."""
+    return json.loads(json.dumps(content))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is damaged: it does not hold a JSON object")
+    return content
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
