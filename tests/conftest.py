@@ -1,0 +1,37 @@
+"""Eight CPU devices for every test, and a folder of digits that TFDS prepared."""
+
+import os
+
+# Before TFDS is imported: the user's own data sets are not the tests' business.
+os.environ.pop("TFDS_DATA_DIR", None)
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
+    return tmp_path / "user_cache"
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS folder with digits in it, prepared and cached; not to be written to."""
+    from flax_resnet.data import load_dataset
+
+    folder = tmp_path_factory.mktemp("digits")
+    load_dataset("digits", "all", str(folder))
+    return folder

@@ -1,0 +1,224 @@
+"""Sizes, shapes and initial values of the models."""
+
+import ast
+from functools import partial
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import flax_resnet as fr
+
+# torchvision's documentation (resnet18 ... 152), He et al. table 6 (0.27 M, 0.46 M, 0.66 M,
+# 0.85 M, 1.7 M), and arithmetic on the layers for the others.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "cifar_resnet18": 11_173_962,
+    "cifar_resnet34": 21_282_122,
+    "cifar_resnet50": 23_520_842,
+    "cifar_resnet101": 42_512_970,
+    "cifar_resnet152": 58_156_618,
+    "cifar_resnet8": 75_290,
+    "cifar_resnet20": 269_722,
+    "cifar_resnet32": 464_154,
+    "cifar_resnet44": 658_586,
+    "cifar_resnet56": 853_018,
+    "cifar_resnet110": 1_727_962,
+    "lab10_resnet50": 1_484_186,
+}
+
+
+def init_shapes(model, shape=(1, 32, 32, 3)):
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
+
+
+def test_every_model_has_its_count_here():
+    assert sorted(PARAMETERS) == sorted(fr.list_models())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    params = init_shapes(fr.create_model(name))["params"]
+    assert sum(p.size for p in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_constructor_is_public_under_its_name(name):
+    assert getattr(fr, name)() == fr.create_model(name)
+
+
+# The shapes in the comments of the seed's lab10 net, and of its ResNet at 224 pixels.
+STAGES = {
+    "lab10_resnet50": (32, [(32, 64), (32, 128), (16, 256), (8, 512)]),
+    "resnet50": (224, [(56, 256), (28, 512), (14, 1024), (7, 2048)]),
+    "cifar_resnet20": (32, [(32, 16), (16, 32), (8, 64)]),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_shapes_of_the_stages(name):
+    size, expected = STAGES[name]
+    model = fr.create_model(name)
+    shape = (2, size, size, 3)
+    variables = init_shapes(model, shape)
+
+    def apply(variables):
+        x = jnp.zeros(shape)
+        return model.apply(variables, x, train=False, capture_intermediates=True)
+
+    logits, captured = jax.eval_shape(apply, variables)
+    outputs = {k: v["__call__"][0] for k, v in captured["intermediates"].items() if "layer" in k}
+    lasts = [f"layer{i}_{blocks - 1}" for i, blocks in enumerate(model.layers, start=1)]
+    assert [outputs[k].shape for k in lasts] == [(2, s, s, c) for s, c in expected]
+    assert logits.shape == (2, model.num_classes)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet18", "lab10_resnet50"])
+def test_projection_stands_exactly_where_the_shape_changes(name):
+    model = fr.create_model(name)
+    params = init_shapes(model)["params"]
+    expected, channels = set(), model.widths[0]
+    stages = zip(model.layers, model.widths, model.strides, strict=True)
+    for stage, (_, planes, stride) in enumerate(stages, start=1):
+        if stride != 1 or channels != planes * model.block.expansion:
+            expected.add(f"layer{stage}_0")
+        channels = planes * model.block.expansion
+    assert {k for k, v in params.items() if "downsample_conv" in v} == expected
+    assert {k for k, v in params.items() if "downsample_bn" in v} == expected
+
+
+@pytest.mark.parametrize("block", [fr.BasicBlock(8), fr.Bottleneck(2)])
+@pytest.mark.parametrize("train", [False, True])
+def test_zero_init_block_starts_as_the_identity(block, train, rng):
+    block = block.clone(zero_init_residual=True)
+    x = jnp.asarray(np.abs(rng.normal(size=(2, 6, 6, 8))), jnp.float32)
+    variables = block.init(jax.random.key(0), x, train=False)
+    y, _ = block.apply(variables, x, train=train, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, x)
+    # Without it the block does something.
+    block = block.clone(zero_init_residual=False)
+    y, _ = block.apply(
+        block.init(jax.random.key(0), x, train=False), x, train=train, mutable=["batch_stats"]
+    )
+    assert np.abs(y - x).max() > 0.1
+
+
+@pytest.mark.parametrize(("block", "last"), [(fr.BasicBlock, "bn2"), (fr.Bottleneck, "bn3")])
+def test_zero_init_reaches_the_last_norm_of_each_block_alone(block, last):
+    model = fr.ResNet(block, (2, 1), widths=(4, 8), strides=(1, 2), zero_init_residual=True)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+    for path, scale in flatten_dict(params).items():
+        if path[-1] == "scale":
+            expected = 0 if path[0].startswith("layer") and path[-2] == last else 1
+            np.testing.assert_array_equal(scale, expected, str(path))
+
+
+def test_initial_values_are_those_of_torch():
+    model = fr.resnet18()
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), train=False))
+    variables = init(jax.random.key(0))
+    for path, value in flatten_dict(variables["params"]).items():
+        value = np.asarray(value)
+        if value.ndim == 4:  # Kaiming normal by fan_out
+            height, width, _, features = value.shape
+            expected = np.sqrt(2 / (height * width * features))
+            # The standard error of a deviation is 1 / sqrt(2 n) of it; 5 of them.
+            assert abs(value.std() / expected - 1) < 5 / np.sqrt(2 * value.size), path
+            assert abs(value.mean()) < 5 * expected / np.sqrt(value.size), path
+        elif path[0] == "fc":  # uniform within 1 / sqrt(fan_in)
+            limit = 512**-0.5
+            assert 0.99 * limit < np.abs(value).max() <= limit, path
+            assert abs(value.std() / (limit / np.sqrt(3)) - 1) < 0.1, path
+        else:
+            np.testing.assert_array_equal(value, path[-1] == "scale", str(path))
+    for path, value in flatten_dict(variables["batch_stats"]).items():
+        np.testing.assert_array_equal(value, path[-1] == "var", str(path))
+
+
+def test_statistics_move_in_training_only(rng):
+    model = fr.cifar_resnet8()
+    x = jnp.asarray(rng.normal(1.0, 2.0, size=(4, 8, 8, 3)), jnp.float32)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    _, updates = model.apply(variables, x, train=False, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
+    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    for path, value in flatten_dict(updates["batch_stats"]).items():
+        assert (np.asarray(value) != int(path[-1] == "var")).all(), path
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_variables(rng):
+    x = jnp.asarray(rng.normal(size=(8, 32, 32, 3)), jnp.float32)
+    model = fr.cifar_resnet20()
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    expected, expected_updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    half = fr.cifar_resnet20(dtype=jnp.bfloat16)
+    initial = jax.jit(partial(half.init, train=False))(jax.random.key(0), x)
+    chex.assert_trees_all_equal(initial, variables)
+    logits, updates = half.apply(
+        variables,
+        x,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+    )
+    assert logits.dtype == jnp.float32
+    blocks = {k: v["__call__"][0] for k, v in updates["intermediates"].items() if "layer" in k}
+    assert {v.dtype for v in blocks.values()} == {jnp.dtype(jnp.bfloat16)}
+    # bfloat16 keeps 8 bits; 20 layers of it.
+    assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
+    for ours, theirs in zip(
+        jax.tree.leaves(updates["batch_stats"]),
+        jax.tree.leaves(expected_updates["batch_stats"]),
+        strict=True,
+    ):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+
+
+def test_identity_shortcut_subsamples_and_pads_with_zeros(rng):
+    block = fr.BasicBlock(8, stride=2, shortcut="identity", zero_init_residual=True)
+    x = jnp.asarray(np.abs(rng.normal(size=(1, 5, 6, 4))), jnp.float32)
+    y = block.apply(block.init(jax.random.key(0), x, train=False), x, train=False)
+    expected = np.zeros((1, 3, 3, 8), np.float32)
+    expected[..., 2:6] = x[:, ::2, ::2]
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (fr.cifar_resnet8(), (32, 32, 3), r"\[N, H, W, C\]"),
+        (fr.cifar_resnet8(strides=(1, 2)), (1, 32, 32, 3), "one entry a stage"),
+        (fr.cifar_resnet8(shortcut="none"), (1, 32, 32, 3), "not 'none'"),
+        (fr.cifar_resnet8(widths=(16, 8, 64)), (1, 32, 32, 3), "from 16 to 8 channels"),
+    ],
+)
+def test_what_cannot_be_built_says_why(model, shape, message):
+    with pytest.raises(ValueError, match=message):
+        init_shapes(model, shape)
+
+
+def test_unknown_names_are_refused_with_a_hint():
+    with pytest.raises(ValueError, match="'resnet19': did you mean resnet18"):
+        fr.create_model("resnet19")
+    with pytest.raises(TypeError, match="num_clases"):
+        fr.create_model("resnet18", num_clases=10)
+
+
+def test_models_need_nothing_of_ours_outside_themselves():
+    for path in Path(fr.models.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names]
+                ours = [n for n in names if n and n.startswith("flax_resnet")]
+                assert all(n.startswith("flax_resnet.models") for n in ours), path
