@@ -6,6 +6,7 @@ Every key of the config can be set, e.g. --config.batch_size=256. Exits with 2 a
 line on standard error where the input cannot be used.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,11 +45,12 @@ def parse_flags(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
         if flags.FLAGS["config"].value is None:
             fail("name a recipe, e.g. --config configs/digits_resnet8.py")
-        list(_CONFIG.value)  # where the file could not be read, this raises
+        list(_CONFIG.value)  # raises if the file is not there
         return rest
-    except AttributeError as error:  # ml_collections has found no such key
-        key = str(error).strip("\"'\\ ").replace("\\n", " ")
-        fail(f"unknown config key: {key}")
+    except AttributeError as error:  # ml_collections: no such key, and perhaps a near one
+        names = [repr(name) for name in re.findall(r'(?<=["\'])\w+(?=\W)', str(error))]
+        hint = f": did you mean {names[1]}?" if len(names) > 1 else ""
+        fail(f"unknown config key {names[0]}{hint}" if names else f"AttributeError: {error}")
     except Exception as error:
         fail(error if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}")
 

@@ -5,10 +5,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 def augment(
-    images: jax.Array, index: jax.Array, key: jax.Array, *, crop_padding: int, flip: bool
+    images: ArrayLike, index: ArrayLike, key: jax.Array, *, crop_padding: int, flip: bool
 ) -> jax.Array:
     """A random crop and a random horizontal flip of each image.
 
@@ -27,6 +28,7 @@ def augment(
     Returns:
       Images of the same shape and dtype.
     """
+    images, index = jnp.asarray(images), jnp.asarray(index)
     keys = jax.vmap(partial(jax.random.fold_in, key))(index)
     # One draw of 32 bits for each decision: row, column, side.
     row, column, side = jax.vmap(partial(jax.random.bits, shape=(3,)))(keys).T
@@ -42,13 +44,12 @@ def augment(
     return images
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalize(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """float32 (images / 255 - mean) / std.
 
     Args:
       images: uint8 [N, H, W, C].
       mean, std: of each channel, in units of full white; see `channel_statistics`.
     """
-    white = 255.0
-    centre, scale = jnp.float32(mean) * white, jnp.float32(std) * white
-    return (images.astype(jnp.float32) - centre) / scale
+    centre, scale = (255 * jnp.float32(x).reshape(1, 1, 1, -1) for x in (mean, std))
+    return (jnp.asarray(images, jnp.float32) - centre) / scale

@@ -5,6 +5,7 @@ from typing import cast
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from flax_resnet.errors import InputError
 from flax_resnet.training.steps import TrainState
@@ -13,17 +14,20 @@ from flax_resnet.training.steps import TrainState
 def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     """The checkpoints of a run, in `workdir`/checkpoints/STEP.
 
-    Of those, the newest and the one with the best test accuracy are kept.
+    Of those, the newest and the one with the best test accuracy are kept;
+    `best_step()` tells which that is.
     """
-    policies = ocp.checkpoint_managers
+
+    def accuracy(metrics: dict[str, float]) -> float:
+        return metrics["test_accuracy"]
+
     return ocp.CheckpointManager(
         workdir.absolute() / "checkpoints",
         options=ocp.CheckpointManagerOptions(
+            # Without best_fn the metrics of an earlier start would not be read.
+            best_fn=accuracy,
             preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    policies.BestN(get_metric_fn=lambda metrics: metrics["test_accuracy"], n=1),
-                ]
+                [policies.LatestN(1), policies.BestN(get_metric_fn=accuracy, n=1)]
             ),
         ),
     )
@@ -53,6 +57,8 @@ def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> TrainSta
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     try:
         return cast(TrainState, manager.restore(step, args=ocp.args.StandardRestore(abstract)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # Orbax and TensorStore have many, and no base for them
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"checkpoint {manager.directory / str(step)}: {reason}") from error
+        raise InputError(
+            f"checkpoint {manager.directory / str(step)} cannot be read: {reason}"
+        ) from error

@@ -100,7 +100,7 @@ def default_config() -> ConfigDict:
     return config
 
 
-def check_config(config: ConfigDict) -> Config:
+def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     """The run that `config` describes; keys that it lacks have their defaults.
 
     Raises:

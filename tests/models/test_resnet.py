@@ -3,6 +3,7 @@
 import ast
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -163,13 +164,14 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_variables(rng):
     half = fr.cifar_resnet20(dtype=jnp.bfloat16)
     initial = jax.jit(partial(half.init, train=False))(jax.random.key(0), x)
     chex.assert_trees_all_equal(initial, variables)
-    logits, updates = half.apply(
+    result: Any = half.apply(
         variables,
         x,
         train=True,
         mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
     )
+    logits, updates = result
     assert logits.dtype == jnp.float32
     blocks = {k: v["__call__"][0] for k, v in updates["intermediates"].items() if "layer" in k}
     assert {v.dtype for v in blocks.values()} == {jnp.dtype(jnp.bfloat16)}

@@ -183,7 +183,7 @@ def test_from_torch_lists_all_that_does_not_fit():
     del state_dict["layer2.0.bn1.weight"]
     state_dict["head.weight"] = torch.zeros(3)
     state_dict["fc.bias"] = torch.zeros(7)
-    with pytest.raises(ValueError, match="missing layer2.0.bn1.weight") as error:
+    with pytest.raises(ValueError, match=r"missing layer2\.0\.bn1\.weight") as error:
         fr.from_torch(fr.cifar_resnet8(), state_dict)
     assert "left over head.weight" in str(error.value)
     assert "fc.bias has shape (7,), expected (10,)" in str(error.value)

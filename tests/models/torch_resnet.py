@@ -1,8 +1,8 @@
 """The PyTorch ResNet that ours is compared with: the seed's classes, in torchvision's names."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
@@ -23,7 +23,7 @@ class SubsampleAndPad(nn.Module):
         self.pad = (0, 0, 0, 0, missing // 2, missing - missing // 2)
 
     def forward(self, x):
-        return F.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], self.pad)
 
 
 def make_downsample(in_planes: int, out_planes: int, stride: int, shortcut: str):
@@ -47,9 +47,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + identity)
+        return functional.relu(out + identity)
 
 
 class Bottleneck(nn.Module):
@@ -67,10 +67,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = functional.relu(self.bn1(self.conv1(x)))
+        out = functional.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + identity)
+        return functional.relu(out + identity)
 
 
 class ResNet(nn.Module):
@@ -104,7 +104,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
         for name in self.stages:
             x = self.get_submodule(name)(x)
         return self.fc(x.mean((2, 3)))

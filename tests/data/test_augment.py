@@ -1,0 +1,95 @@
+"""Crops, flips and normalisation of a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_resnet.data import augment, normalize
+
+KEY = jax.random.key(3)
+
+
+def random_images(rng, count, size=6):
+    return rng.integers(1, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def all_crops(image, padding):
+    """{pixels: (row, column, mirrored)} of every crop of a padded image, by NumPy."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    crops = {}
+    for row in range(2 * padding + 1):
+        for column in range(2 * padding + 1):
+            crop = padded[row : row + height, column : column + width]
+            crops[crop.tobytes()] = (row, column, False)
+            crops[crop[:, ::-1].tobytes()] = (row, column, True)
+    return crops
+
+
+def test_every_crop_and_side_comes_equally_often(rng):
+    image = random_images(rng, 1)[0]
+    crops = all_crops(image, padding=1)
+    assert len(crops) == 18
+    count = 3600
+    images = np.broadcast_to(image, (count, *image.shape))
+    out = np.asarray(augment(images, jnp.arange(count), KEY, crop_padding=1, flip=True))
+    assert out.dtype == np.uint8
+    seen = [crops[x.tobytes()] for x in out]  # KeyError: no crop of the image
+    counts = np.array([seen.count(crop) for crop in crops.values()])
+    # Chi-squared with 17 degrees of freedom exceeds 40.8 once in a thousand.
+    assert ((counts - 200) ** 2 / 200).sum() < 40.8
+
+
+def test_without_flip_nothing_is_mirrored(rng):
+    images = random_images(rng, 64)
+    out = np.asarray(augment(images, jnp.arange(64), KEY, crop_padding=2, flip=False))
+    sides = [all_crops(x, 2)[y.tobytes()][2] for x, y in zip(images, out, strict=True)]
+    assert not any(sides)
+
+
+def test_without_crop_images_are_flipped_or_left(rng):
+    images = random_images(rng, 64)
+    out = np.asarray(augment(images, jnp.arange(64), KEY, crop_padding=0, flip=True))
+    same = (out == images).all((1, 2, 3))
+    mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
+    assert (same ^ mirrored).all()
+    assert 0 < same.sum() < 64
+    out = augment(images, jnp.arange(64), KEY, crop_padding=0, flip=False)
+    np.testing.assert_array_equal(out, images)
+
+
+def test_an_image_depends_on_its_index_and_the_key_alone(rng):
+    images, index = random_images(rng, 32), np.arange(100, 132)
+    out = augment(images, index, KEY, crop_padding=4, flip=True)
+    order = rng.permutation(32)[:8]
+    part = augment(images[order], index[order], KEY, crop_padding=4, flip=True)
+    np.testing.assert_array_equal(part, out[order])
+    for other_index, key in ((index + 1, KEY), (index, jax.random.fold_in(KEY, 1))):
+        other = augment(images, other_index, key, crop_padding=4, flip=True)
+        assert (np.asarray(other) != out).any((1, 2, 3)).mean() > 0.9
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_do_not_change_an_image(rng, devices):
+    images, index = random_images(rng, 32), np.arange(32, dtype=np.int32)
+
+    @jax.jit
+    def run(images, index):
+        return augment(images, index, KEY, crop_padding=4, flip=True)
+
+    by_example = NamedSharding(
+        Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec("data")
+    )
+    split = run(*jax.device_put((images, index), by_example))
+    assert len(split.sharding.device_set) == devices
+    np.testing.assert_array_equal(split, run(images, index))
+
+
+def test_normalize_is_that_of_numpy(rng):
+    images = random_images(rng, 4)
+    mean, std = np.array([0.49, 0.48, 0.45]), np.array([0.25, 0.24, 0.26])
+    out = normalize(images, mean.tolist(), std.tolist())
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, (images / 255 - mean) / std, rtol=2e-5, atol=2e-6)

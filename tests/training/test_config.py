@@ -1,0 +1,115 @@
+"""The check of a config, and the recipes in configs/."""
+
+import ast
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import flax_resnet as fr
+from flax_resnet.training import check_config, default_config
+from flax_resnet.training.config import Config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def get_config(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_defaults_are_a_valid_run():
+    assert check_config(default_config()) == Config()
+
+
+def test_keys_that_are_left_out_have_their_defaults():
+    config = default_config()
+    del config.momentum
+    config.num_steps = 7
+    config.data_dir = "somewhere"
+    assert check_config(config) == Config(num_steps=7, data_dir="somewhere")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid_and_says_how_to_run_it(path):
+    check_config(get_config(path))
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"python train.py --config configs/{path.name}" in (docstring or "")
+
+
+# What the recipes are known by: He et al. section 4.2, and the seed.
+FACTS = {
+    "cifar_resnet18": {"model": "cifar_resnet18", "num_epochs": 200, "batch_size": 128,
+                       "schedule": "cosine", "nesterov": True, "weight_decay": 5e-4},
+    "cifar_resnet20": {"model": "cifar_resnet20", "num_steps": 64_000, "batch_size": 128,
+                       "learning_rate": 0.1, "decay_at": (0.5, 0.75), "decay_factor": 0.1,
+                       "weight_decay": 1e-4, "momentum": 0.9, "nesterov": False},
+    "cifar_resnet20_quick": {"model": "cifar_resnet20", "num_epochs": 5, "schedule": "onecycle"},
+    "lab10_resnet50": {"model": "lab10_resnet50", "batch_size": 256, "horizontal_flip": False,
+                       "num_epochs": 20, "learning_rate": 0.1, "momentum": 0.9,
+                       "weight_decay": 5e-4, "schedule": "step"},
+    "digits_resnet8": {"model": "cifar_resnet8", "dataset": "digits", "horizontal_flip": False},
+}  # fmt: skip
+
+
+def test_recipes_are_those_that_they_are_known_as():
+    assert set(FACTS) == {path.stem for path in RECIPES}
+    for path in RECIPES:
+        run = dataclasses.asdict(check_config(get_config(path)))
+        assert {key: run[key] for key in FACTS[path.stem]} == FACTS[path.stem]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("learnng_rate", 0.1, "unknown config key 'learnng_rate': did you mean 'learning_rate'?"),
+        ("zzz", 1, "unknown config key 'zzz'"),
+        ("batch_size", "128", "batch_size must be of type int, not '128'"),
+        ("batch_size", 0, "batch_size must be at least 1, not 0"),
+        ("batch_size", 1.5, "batch_size must be of type int, not 1.5"),
+        ("num_steps", -1, "num_steps must be at least 1, not -1"),
+        ("num_steps", "many", "num_steps must be of type int | None, not 'many'"),
+        ("learning_rate", float("nan"), "learning_rate must be above 0 and finite, not nan"),
+        ("learning_rate", float("inf"), "learning_rate must be above 0 and finite, not inf"),
+        ("schedule", "linear", "schedule must be one of constant, step, cosine, onecycle"),
+        ("decay_at", (0.5, 1.5), "decay_at must be fractions of the run, between 0 and 1"),
+        ("decay_at", (50, 75), "decay_at must be fractions of the run, between 0 and 1"),
+        ("dtype", "float16", "dtype must be one of auto, float32, bfloat16"),
+        ("model", "resnet19", "unknown model 'resnet19': did you mean resnet18"),
+        ("model_fields", {"depth": 3}, "model_fields do not fit cifar_resnet18: .*'depth'"),
+        ("seed", -1, r"seed must be from 0 to 2\*\*32 - 1, not -1"),
+        ("momentum", 1.0, "momentum must be at least 0 and below 1"),
+        ("momentum", 0.0, "nesterov needs momentum above 0"),
+        ("schedule", "onecycle", "schedule 'onecycle' needs warmup_epochs above 0"),
+        ("label_smoothing", 1.0, "label_smoothing must be at least 0 and below 1"),
+    ],
+)
+def test_bad_value(key, value, message):
+    config = default_config().to_dict()
+    config[key] = value
+    with pytest.raises(fr.InputError, match=message.replace("|", r"\|").replace("?", r"\?")):
+        check_config(config)
+
+
+def test_all_problems_are_named_at_once():
+    config = default_config().to_dict()
+    config |= {"learnng_rate": 0.1, "batch_size": 0, "model": "resnet19"}
+    with pytest.raises(fr.InputError) as error:
+        check_config(config)
+    for problem in ("learnng_rate", "batch_size", "resnet19"):
+        assert problem in str(error.value)
+
+
+def test_every_key_is_read_somewhere():
+    read = set()
+    for path in (ROOT / "flax_resnet").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                read.add(node.attr)
+    assert {field.name for field in dataclasses.fields(Config)} <= read

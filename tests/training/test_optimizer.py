@@ -1,0 +1,141 @@
+"""SGD and learning rates against PyTorch's."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_resnet.errors import InputError
+from flax_resnet.training import learning_rate_schedule, sgd
+from flax_resnet.training.config import Config
+
+torch = pytest.importorskip("torch")
+
+STEPS_PER_EPOCH, TOTAL_STEPS = 10, 100
+
+
+def rates(**fields) -> np.ndarray:
+    schedule = learning_rate_schedule(
+        Config(**fields), steps_per_epoch=STEPS_PER_EPOCH, total_steps=TOTAL_STEPS
+    )
+    return np.array([schedule(step) for step in range(TOTAL_STEPS)])
+
+
+def torch_rates(make_scheduler, peak: float) -> np.ndarray:
+    """The learning rate of every step of torch.optim.SGD under a scheduler."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    scheduler = make_scheduler(optimizer)
+    out = []
+    for _ in range(TOTAL_STEPS):
+        out.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return np.array(out)
+
+
+def test_constant():
+    np.testing.assert_allclose(rates(schedule="constant", learning_rate=0.3), 0.3, rtol=1e-6)
+
+
+def test_step_is_multi_step_lr():
+    ours = rates(schedule="step", learning_rate=0.1, decay_at=(0.5, 0.75), decay_factor=0.2)
+    theirs = torch_rates(
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [50, 75], gamma=0.2), 0.1
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_cosine_is_cosine_annealing_lr():
+    ours = rates(schedule="cosine", learning_rate=0.1)
+    theirs = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, TOTAL_STEPS), 0.1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-7)
+
+
+def test_one_cycle_is_one_cycle_lr():
+    ours = rates(schedule="onecycle", learning_rate=0.1, warmup_epochs=3.0)
+    theirs = torch_rates(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, TOTAL_STEPS, pct_start=0.3), 0.1
+    )
+    # PyTorch turns a step earlier and ends a step earlier: the curve of its steps 0 ... 99 is
+    # that of ours at 0 ... 100.
+    assert ours[0] == pytest.approx(theirs[0])
+    assert ours[30] == pytest.approx(theirs[29]) == pytest.approx(0.1)
+    np.testing.assert_allclose(ours[31:], theirs[30:-1], atol=0.1 * np.pi / 2 / 70)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+def test_warm_up_rises_evenly_to_the_peak(schedule):
+    ours = rates(schedule=schedule, learning_rate=0.2, warmup_epochs=2.0)
+    np.testing.assert_allclose(ours[:21], 0.2 * np.arange(1, 22) / 21, rtol=1e-5)
+    assert ours.max() == ours[20]
+    if schedule == "step":  # the drops stay where they were
+        np.testing.assert_allclose(ours[[49, 50, 74, 75]], [0.2, 0.02, 0.02, 0.002], rtol=1e-5)
+
+
+def test_warm_up_is_shorter_than_the_run():
+    with pytest.raises(InputError, match=r"warmup_epochs=10.0 is 100 steps of a run of 100"):
+        rates(warmup_epochs=10.0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_that_of_torch(rng, nesterov, momentum):
+    nesterov = nesterov and momentum > 0
+    config = Config(
+        schedule="step",
+        learning_rate=0.1,
+        decay_at=(0.05,),
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.01,
+    )
+    schedule = learning_rate_schedule(
+        config, steps_per_epoch=STEPS_PER_EPOCH, total_steps=TOTAL_STEPS
+    )
+    optimizer = sgd(config, schedule)
+    initial = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    params: Any = jax.tree.map(jnp.float32, initial)
+    state = optimizer.init(params)
+
+    twins = {
+        k: torch.tensor(v, dtype=torch.float32, requires_grad=True) for k, v in initial.items()
+    }
+    twin = torch.optim.SGD(
+        twins.values(), lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.01
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(twin, [5], gamma=0.1)
+    for _ in range(10):
+        grads = {k: rng.normal(size=v.shape) for k, v in initial.items()}
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+        params = optax.apply_updates(params, updates)
+        for k, v in twins.items():
+            v.grad = torch.tensor(grads[k], dtype=torch.float32)
+        twin.step()
+        scheduler.step()
+        for k, v in twins.items():
+            np.testing.assert_allclose(params[k], v.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_leaves_out_norms_and_biases_on_request():
+    params = {
+        "conv1": {"kernel": jnp.ones((3, 3, 2, 2))},
+        "bn1": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
+        "fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    }
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    config = Config(weight_decay=0.5, nesterov=False, momentum=0.0)
+    for everything in (True, False):
+        config = dataclasses.replace(config, decay_bn_and_bias=everything)
+        optimizer = sgd(config, optax.constant_schedule(1.0))
+        updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        small = -0.5 if everything else 0.0
+        expected = {
+            "conv1": {"kernel": -0.5},
+            "bn1": {"scale": small, "bias": small},
+            "fc": {"kernel": -0.5, "bias": small},
+        }
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)

@@ -1,0 +1,265 @@
+"""Whole runs on the digits, and what they leave behind."""
+
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import flax_resnet as fr
+from flax_resnet.training import checkpoint, loop, workdir
+
+EPOCHS, STEPS_PER_EPOCH = 4, 8
+TIMING = ("seconds", "images_per_second")
+
+
+@pytest.fixture(scope="module")
+def config(digits_dir):
+    config = fr.default_config()
+    config.dataset = "digits"
+    config.data_dir = str(digits_dir)
+    config.train_split = "train[:264]"
+    config.eval_split = "test[:101]"
+    config.model = "cifar_resnet8"
+    config.batch_size = 32
+    config.eval_batch_size = 40
+    config.num_epochs = EPOCHS
+    config.warmup_epochs = 1.0
+    config.crop_padding = 2
+    config.horizontal_flip = False
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """(workdir, state) of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, fr.train(config, folder)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timing(records):
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+def steps_kept(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def test_metrics_have_a_line_an_epoch(finished, config):
+    records = read_metrics(finished[0])
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert [record["step"] for record in records] == [8, 16, 24, 32]
+    for record in records:
+        assert set(record) == {
+            "epoch",
+            "step",
+            "train_loss",
+            "train_accuracy",
+            "test_loss",
+            "test_accuracy",
+            "learning_rate",
+            "images_per_second",
+            "seconds",
+        }
+        assert record["images_per_second"] > 0
+        # Of 101 test images, and of 8 batches of 32.
+        assert record["test_accuracy"] * 101 == pytest.approx(round(record["test_accuracy"] * 101))
+        assert record["train_accuracy"] * 256 == pytest.approx(
+            round(record["train_accuracy"] * 256)
+        )
+    assert records[0]["learning_rate"] == pytest.approx(0.1 * 8 / 9)
+    assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+
+
+def test_run_describes_itself(finished, config):
+    folder, _ = finished
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored == json.loads(json.dumps(config.to_dict()))
+    dataset = json.loads((folder / "dataset.json").read_text())
+    images = fr.load_dataset("digits", "train[:264]", config.data_dir).images / 255
+    np.testing.assert_allclose(dataset["mean"], images.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(dataset["std"], images.std((0, 1, 2)), rtol=1e-6)
+    assert dataset["class_names"] == list("0123456789")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_shows_the_metrics(finished):
+    folder, _ = finished
+    events = EventAccumulator(str(folder)).Reload()
+    tags = {
+        "train/loss": "train_loss",
+        "test/accuracy": "test_accuracy",
+        "learning_rate": "learning_rate",
+    }
+    for tag, name in tags.items():
+        shown = [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(tag)]
+        stored = [(r["step"], r[name]) for r in read_metrics(folder)]
+        np.testing.assert_allclose(shown, stored, rtol=1e-6)
+
+
+def test_newest_and_best_state_are_kept(finished):
+    folder, _ = finished
+    records = read_metrics(folder)
+    best = max(record["test_accuracy"] for record in records)
+    bests = {record["step"] for record in records if record["test_accuracy"] == best}
+    kept = steps_kept(folder)
+    assert kept[-1] == records[-1]["step"]
+    assert bests & set(kept)
+    assert len(kept) <= 2
+
+
+def test_final_state_gives_the_final_metrics(finished, config):
+    folder, state = finished
+    test = fr.load_dataset("digits", "test[:101]", config.data_dir)
+    dataset = json.loads((folder / "dataset.json").read_text())
+    images = (test.images / 255 - np.array(dataset["mean"])) / np.array(dataset["std"])
+    variables = jax.device_get(state.variables)
+    model = fr.cifar_resnet8()
+    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, np.float32(images))
+    accuracy = (np.asarray(logits).argmax(1) == test.labels).mean()
+    assert accuracy == read_metrics(folder)[-1]["test_accuracy"]
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["after a checkpoint", "between metrics and checkpoint"])
+def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, moment):
+    saves = 0
+
+    def stop(manager, state, accuracy):
+        nonlocal saves
+        saves += 1
+        if moment == "between metrics and checkpoint" and saves == 2:
+            raise StopError
+        checkpoint.save(manager, state, accuracy)
+        if saves == 2:
+            raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", stop)
+        with pytest.raises(StopError):
+            fr.train(config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "st')  # torn off
+    state = fr.train(config, tmp_path)
+
+    folder, expected = finished
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    assert without_timing(read_metrics(tmp_path)) == without_timing(read_metrics(folder))
+    assert steps_kept(tmp_path) == steps_kept(folder)
+
+
+def test_best_state_outlives_later_ones(tmp_path, finished):
+    _, state = finished
+    manager = checkpoint.open_checkpoints(tmp_path)
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6)):
+        checkpoint.save(manager, state.replace(step=np.int32(step)), accuracy)
+        if step == 3:  # also across two starts
+            manager.close()
+            manager = checkpoint.open_checkpoints(tmp_path)
+    assert manager.best_step() == 2
+    manager.close()
+    assert steps_kept(tmp_path) == [2, 4]
+
+
+def test_finished_run_stays_as_it_is(finished, config, tmp_path):
+    folder, state = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    chex.assert_trees_all_equal(jax.device_get(fr.train(config, copy)), jax.device_get(state))
+    assert (copy / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+    assert steps_kept(copy) == steps_kept(folder)
+
+
+def test_num_steps_ends_a_run_inside_an_epoch(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.num_steps = 11
+    assert int(fr.train(config, tmp_path).step) == 11
+    assert [record["step"] for record in read_metrics(tmp_path)] == [8, 11]
+    assert int(fr.train(config, tmp_path).step) == 11
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def changed(config, **values):
+    config = config.copy_and_resolve_references()
+    config.update(values)
+    return config
+
+
+def test_folder_with_a_run_of_another_config_is_refused(finished, config):
+    folder, _ = finished
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        fr.InputError, match=r"holds a run of another config: batch_size \(32 there\), seed \(0"
+    ):
+        fr.train(changed(config, seed=1, batch_size=64), folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_data_may_move_but_not_change(finished, config, digits_dir, tmp_path):
+    folder, _ = finished
+    copy, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(folder, copy)
+    shutil.copytree(digits_dir, data)
+    fr.train(changed(config, data_dir=str(data)), copy)
+    description = json.loads((copy / "dataset.json").read_text())
+    description["mean"][0] += 1e-3
+    (copy / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(fr.InputError, match=r"the data is not what the run .* began with"):
+        fr.train(config, copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "dataset.json", "metrics.jsonl"])
+def test_damaged_file_is_named(finished, config, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    (copy / name).write_text('{"model":\n[')
+    with pytest.raises(fr.InputError, match=name):
+        fr.train(config, copy)
+
+
+# Orbax closes its event loop before TensorStore's reads have all come back to it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_checkpoint_is_named(finished, config, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    newest = copy / "checkpoints" / "32" / "default"
+    shutil.rmtree(newest / "d")
+    with pytest.raises(fr.InputError, match=r"checkpoint .*checkpoints/32 cannot be read: "):
+        fr.train(config, copy)
+
+
+def test_workdir_that_is_a_file(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(fr.InputError, match=r"cannot write workdir .* is a file"):
+            fr.train(config, folder)
+
+
+def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)
+    with pytest.raises(fr.InputError, match=r"cannot write workdir .* is not writable"):
+        fr.train(config, tmp_path / "run")
+
+
+def test_sizes_that_do_not_fit(config, tmp_path):
+    with pytest.raises(fr.InputError, match="batch_size=36 cannot be divided among 8 devices"):
+        fr.train(changed(config, batch_size=36), tmp_path)
+    with pytest.raises(fr.InputError, match="batch_size=512 of only 264 examples"):
+        fr.train(changed(config, batch_size=512), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_infinite_loss_stops_the_run(config, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+"):
+        fr.train(changed(config, learning_rate=1e30, warmup_epochs=0.0), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
