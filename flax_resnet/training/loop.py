@@ -22,7 +22,7 @@ from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import open_checkpoints, restore_newest, save
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
-from flax_resnet.training.progress import Progress
+from flax_resnet.training.progress import Progress, say
 from flax_resnet.training.steps import Batch, TrainState, create_state
 
 
@@ -62,16 +62,16 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         state = restore_newest(checkpoints, run.initial_state)
         done_steps = int(state.step)
         done_epochs = math.ceil(done_steps / run.steps_per_epoch)
-        total, done = (steps * checked.batch_size for steps in (run.total_steps, done_steps))
-        progress = stack.enter_context(Progress(run.num_epochs, total, done))
-        progress.say(
+        say(
             f"{checked.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}, "
             f"{len(train_set)} training and {len(test_set)} test images, "
             f"{run.num_epochs} epochs, {done_epochs} of them done: {workdir}"
         )
         if done_epochs == run.num_epochs:
             return state
-        train_step, evaluate = _compile(run, state, progress)
+        train_step, evaluate = _compile(run, state)
+        images = [steps * checked.batch_size for steps in (run.total_steps, done_steps)]
+        progress = stack.enter_context(Progress(run.num_epochs, *images))
         for epoch in range(done_epochs, run.num_epochs):
             state, record = _run_epoch(run, train_step, evaluate, state, epoch, progress)
             # The line may be there already, of a start that was cut off before the checkpoint.
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 files.append_metrics(workdir, record)
                 files.write_scalars(writer, record)
             save(checkpoints, state, record["test_accuracy"])
-            progress.say(_summary(record, run.num_epochs, progress.time_left()))
+            say(_summary(record, run.num_epochs, progress.time_left()))
     return state
 
 
@@ -152,13 +152,13 @@ def _set_up(config: Config, mesh: Mesh, train_set: Dataset, test_set: Dataset) -
 
 
 def _compile(
-    run: _Run, state: TrainState, progress: Progress
+    run: _Run, state: TrainState
 ) -> tuple[jax.stages.Compiled, Callable[[TrainState], dict[str, float]]]:
     """Compiles training step and evaluation ahead, so that no epoch's time has it in."""
     started = time.perf_counter()
     train_step = run.train_program.lower(state, run.train_data, run.order(0)).compile()
     eval_step = run.eval_program.lower(state, run.test_data, jnp.int32(0)).compile()
-    progress.say(f"compiled in {time.perf_counter() - started:.1f} s")
+    say(f"compiled in {time.perf_counter() - started:.1f} s")
     evaluate = partial(
         programs.evaluate, eval_step, data=run.test_data, batch_size=run.eval_batch_size
     )

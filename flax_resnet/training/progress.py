@@ -8,6 +8,11 @@ from tqdm import tqdm
 _SECONDS_BETWEEN_LINES = 60.0
 
 
+def say(line: str) -> None:
+    """Writes a line on standard error, above the bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class Progress:
     """A bar over all images of a run on a terminal; elsewhere plain lines, one a minute.
 
@@ -37,11 +42,6 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def say(self, line: str) -> None:
-        """Writes a line, above the bar if there is one."""
-        tqdm.write(line, file=sys.stderr)
-        self._spoke = time.monotonic()
-
     def step(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
         """Counts the images of a step; loss and accuracy are those of the epoch so far."""
         self._done += images
@@ -50,10 +50,11 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             self._bar.update(images)
         elif time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
-            self.say(
+            say(
                 f"epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  "
                 f"{self._rate():.0f} images/s  {self.time_left()} left"
             )
+            self._spoke = time.monotonic()
 
     def time_left(self) -> str:
         """What the rest of the run takes at the speed of this start so far, like 01:23."""

@@ -1,6 +1,8 @@
 """Same weights, same images: the numbers of PyTorch, forward and backward."""
 
 import contextlib
+import copy
+from functools import partial
 
 import chex
 import jax
@@ -41,12 +43,12 @@ NETS = [
 ]
 
 
-def assert_close(ours, theirs, what: str, tolerance: float = TOLERANCE) -> None:
-    """The norm of the difference is at most `tolerance` of the norm."""
+def assert_close(ours, theirs, what: str) -> None:
+    """The norm of the difference is at most TOLERANCE of the norm."""
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, what
     error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+    assert error <= TOLERANCE, f"{what}: relative error {error:.2e}"
 
 
 def to_nhwc(x) -> np.ndarray:
@@ -58,63 +60,57 @@ def to_nchw(images: np.ndarray):
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-def assert_forward_agrees(model, twin, images: np.ndarray) -> None:
-    """Compares outputs in both modes, and the running statistics after training mode."""
-    variables = fr.from_torch(model, twin.state_dict())
+def assert_parity(model, twin, shape: tuple[int, ...]) -> None:
+    """Compares all numbers for random images of a shape.
+
+    Where the input of a ReLU rounds to the other side of zero, the gradient jumps: on
+    such images PyTorch's own float32 is off its float64 by up to 3e-2. So up to five
+    random batches are tried; a gradient that is wrong agrees on none.
+    """
+    initial = copy.deepcopy(twin.state_dict())
+    variables = fr.from_torch(model, initial)
     norms = {n: m for n, m in twin.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
     counts = {}  # values that each BatchNorm takes its statistics over
     for name, m in norms.items():
         m.register_forward_hook(
             lambda m, args, out, name=name: counts.update({name: out.numel() // out.shape[1]})
         )
-    with torch.no_grad():
-        expected_eval = to_nhwc(twin.eval()(to_nchw(images)))
-        expected_train = to_nhwc(twin.train()(to_nchw(images)))
-
-    run = jax.jit(model.apply, static_argnames=("train", "mutable"))
-    assert_close(run(variables, images, train=False), expected_eval, "eval output")
-    output, updates = run(variables, images, train=True, mutable=("batch_stats",))
-    assert_close(output, expected_train, "train output")
-
-    before = fr.to_torch(model, variables)
-    after = fr.to_torch(model, {"params": {}, **updates})
-    for name, m in norms.items():
-        assert_close(after[f"{name}.running_mean"], m.running_mean, f"{name}.running_mean")
-        # Ours moves by a tenth of the biased variance, PyTorch's of the unbiased one.
-        kept = 0.9 * before[f"{name}.running_var"]
-        biased = (m.running_var - kept) * (counts[name] - 1) / counts[name]
-        assert_close(after[f"{name}.running_var"], kept + biased, f"{name}.running_var")
-
-
-def assert_gradients_agree(model, twin, shape: tuple[int, ...]) -> None:
-    """Compares the gradients of a random sum of the outputs for images of a shape.
-
-    Where the input of a ReLU rounds to the other side of zero, the gradient jumps: on
-    such images PyTorch's own float32 is off its float64 by up to 3e-2. So up to five
-    random batches are tried; a gradient that is wrong agrees on none.
-    """
-    variables = fr.from_torch(model, twin.state_dict())
 
     def weighted_sum(params, images, cotangent):
-        output, _ = model.apply(
+        output, updates = model.apply(
             {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
         )
-        return (output * cotangent).sum()
+        return (output * cotangent).sum(), (output, updates)
 
-    gradient = jax.jit(jax.grad(weighted_sum, argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(weighted_sum, argnums=(0, 1), has_aux=True))
+    predict = jax.jit(partial(model.apply, train=False))
 
     def assert_agree(seed: int) -> None:
         images = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+        twin.load_state_dict(initial)
+        with torch.no_grad():
+            expected = to_nhwc(twin.eval()(to_nchw(images)))
+        assert_close(predict(variables, images), expected, "eval output")
+
         x = to_nchw(images).requires_grad_()
-        output = twin.train()(x)
-        cotangent = torch.randn_like(output)
         twin.zero_grad()
-        (output * cotangent).sum().backward()
-        by_params, by_images = gradient(variables["params"], images, to_nhwc(cotangent))
+        expected = twin.train()(x)
+        cotangent = torch.randn_like(expected)
+        (expected * cotangent).sum().backward()
+        (by_params, by_images), (output, updates) = gradient(
+            variables["params"], images, to_nhwc(cotangent)
+        )
+        assert_close(output, to_nhwc(expected), "train output")
         assert_close(by_images, to_nhwc(x.grad), "gradient by the images")
-        grads = fr.to_torch(model, {"params": by_params, "batch_stats": {}})
+        ours = fr.to_torch(model, {"params": by_params, **updates})
         for name, parameter in twin.named_parameters():
-            assert_close(grads[name], parameter.grad, f"gradient of {name}")
+            assert_close(ours[name], parameter.grad, f"gradient of {name}")
+        for name, m in norms.items():
+            assert_close(ours[f"{name}.running_mean"], m.running_mean, f"{name}.running_mean")
+            # Ours moves by a tenth of the biased variance, PyTorch's of the unbiased one.
+            kept = 0.9 * initial[f"{name}.running_var"]
+            biased = (m.running_var - kept) * (counts[name] - 1) / counts[name]
+            assert_close(ours[f"{name}.running_var"], kept + biased, f"{name}.running_var")
 
     for seed in range(4):
         with contextlib.suppress(AssertionError):
@@ -124,20 +120,16 @@ def assert_gradients_agree(model, twin, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-def test_block_agrees_with_torch(name, size, rng):
+def test_block_agrees_with_torch(name, size):
     model, channels, (block, *arguments) = BLOCKS[name]
     twin = torch_resnet.randomize(block(channels, *arguments))
-    shape = (4, *size, channels)
-    assert_gradients_agree(model, twin, shape)
-    assert_forward_agrees(model, twin, rng.normal(size=shape).astype(np.float32))
+    assert_parity(model, twin, (4, *size, channels))
 
 
 @pytest.mark.parametrize(("name", "height", "width"), NETS)
-def test_net_agrees_with_torch(name, height, width, rng):
-    model, twin = fr.create_model(name), torch_resnet.randomize(torch_resnet.create(name))
-    shape = (4, height, width, 3)
-    assert_gradients_agree(model, twin, shape)
-    assert_forward_agrees(model, twin, rng.normal(size=shape).astype(np.float32))
+def test_net_agrees_with_torch(name, height, width):
+    twin = torch_resnet.randomize(torch_resnet.create(name))
+    assert_parity(fr.create_model(name), twin, (4, height, width, 3))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet20", "lab10_resnet50"])

@@ -1,0 +1,55 @@
+"""The bar of a terminal, and the plain lines elsewhere."""
+
+import io
+import sys
+
+import pytest
+
+from flax_resnet.training import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run(images=10):
+    with progress.Progress(3, 300, 100) as shown:
+        for _ in range(images):
+            shown.step(2, 10, loss=0.5, accuracy=0.25)
+        progress.say("a line")
+        return shown.time_left()
+
+
+def test_plain_lines_come_once_a_minute(monkeypatch, capsys):
+    seconds = iter(range(0, 10_000, 4))  # four seconds pass at every look at the clock
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    run(images=20)
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert last == "a line"
+    assert len(lines) == 1
+    assert lines[0].startswith("epoch 2/3  loss 0.5000  accuracy 25.00%  ")
+    assert "images/s" in lines[0]
+    assert "left" in lines[0]
+
+
+def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.Progress(3, 300, 100) as shown:
+        now = 20.0
+        shown.step(2, 50, loss=0.5, accuracy=0.25)
+        assert shown.time_left() == "01:00"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_a_terminal_gets_a_bar(monkeypatch, terminal):
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    run()
+    written = stderr.getvalue()
+    assert ("\r" in written) == terminal
+    if terminal:
+        for part in ("epoch 2/3", "loss 0.5000, accuracy 25.00%", "images/s"):
+            assert part in written
+    assert "a line\n" in written
