@@ -171,7 +171,6 @@ def _prepare(builder: _Builder) -> None:
             f"no data and no network: {name} is not in {folder}; name a folder that has it with "
             "--config.data_dir=DIR"
         )
-    logger.info("preparing %s in %s", name, folder)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
@@ -184,7 +183,7 @@ def _prepare(builder: _Builder) -> None:
             f"TFDS needs TensorFlow to prepare {name}: run `tfds build {name}` where it is "
             "installed, and name the folder with --config.data_dir=DIR"
         ) from error
-    except OSError as error:
+    except Exception as error:  # of the disk, the download, its checksum, the examples
         raise InputError(f"{name} cannot be prepared in {folder}: {error}") from error
 
 

@@ -318,6 +318,12 @@ def test_no_data_and_no_network_names_three_ways_out(tmp_path, monkeypatch):
         load_dataset("mnist", "train", str(tmp_path))
 
 
+def test_preparing_in_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="digits cannot be prepared in "):
+        load_dataset("digits", "train", str(tmp_path / "file"))
+
+
 def test_reachable_means_that_a_server_answers():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
