@@ -82,8 +82,7 @@ def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
         known = ", ".join(builder.info.splits)
         raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
 
-    whole = {part.splitname: None for part in parts}
-    whole = {splitname: _load_whole(builder, splitname) for splitname in whole}
+    whole = {name: _load_whole(builder, name) for name in {part.splitname for part in parts}}
     images = [whole[part.splitname][0][part.from_ : part.to] for part in parts]
     labels = [whole[part.splitname][1][part.from_ : part.to] for part in parts]
     dataset = Dataset(
@@ -263,13 +262,10 @@ def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] |
 
 def _write_cache(path: Path, fingerprint: str, images: np.ndarray, labels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            np.savez(file, fingerprint=np.array(fingerprint), images=images, labels=labels)
-            Path(file.name).replace(path)  # whole or not at all
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        np.savez(file, fingerprint=np.array(fingerprint), images=images, labels=labels)
+        file.replace(path)  # whole or not at all
 
 
 def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:

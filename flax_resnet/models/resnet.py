@@ -28,18 +28,27 @@ Dtype = Any
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def conv3x3(planes: int, stride: int = 1, **kwargs) -> nn.Conv:
-    """3x3 convolution with padding 1 on every side and no bias."""
+def conv(planes: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
+    """Convolution of odd size, padded by half of it on every side, without bias."""
     return nn.Conv(
-        planes, (3, 3), stride, padding=1, use_bias=False, kernel_init=kaiming_normal, **kwargs
+        planes,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=kaiming_normal,
+        **kwargs,
     )
+
+
+def conv3x3(planes: int, stride: int = 1, **kwargs) -> nn.Conv:
+    """3x3 convolution with padding 1."""
+    return conv(planes, 3, stride, **kwargs)
 
 
 def conv1x1(planes: int, stride: int = 1, **kwargs) -> nn.Conv:
-    """1x1 convolution without bias."""
-    return nn.Conv(
-        planes, (1, 1), stride, padding=0, use_bias=False, kernel_init=kaiming_normal, **kwargs
-    )
+    """1x1 convolution."""
+    return conv(planes, 1, stride, **kwargs)
 
 
 def batch_norm(train: bool, *, zero_init: bool = False, **kwargs) -> nn.BatchNorm:
@@ -214,16 +223,7 @@ class ResNet(nn.Module):
         if self.cifar_stem:
             x = conv3x3(self.widths[0], dtype=self.dtype, name="conv1")(x)
         else:
-            x = nn.Conv(
-                self.widths[0],
-                (7, 7),
-                strides=2,
-                padding=3,
-                use_bias=False,
-                kernel_init=kaiming_normal,
-                dtype=self.dtype,
-                name="conv1",
-            )(x)
+            x = conv(self.widths[0], 7, stride=2, dtype=self.dtype, name="conv1")(x)
         x = batch_norm(train, dtype=self.dtype, name="bn1")(x)
         x = nn.relu(x)
         if not self.cifar_stem:

@@ -54,19 +54,22 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
     )
     expected = {_torch_name(path): path for path in shapes}
 
-    problems = [f"missing {name}" for name in expected if name not in arrays]
-    problems += [f"left over {name}" for name in arrays if name not in expected]
-    ours = {p: _from_layout(arrays[name]) for name, p in expected.items() if name in arrays}
-    problems += [
-        f"{_torch_name(path)} has shape {arrays[_torch_name(path)].shape}, "
-        f"expected {_to_layout(np.empty(shapes[path].shape)).shape}"
-        for path, array in ours.items()
-        if array.shape != shapes[path].shape
-    ]
+    problems = [f"left over {name}" for name in arrays if name not in expected]
+    for name, path in expected.items():
+        shape = _to_layout(np.empty(shapes[path].shape)).shape
+        if name not in arrays:
+            problems.append(f"missing {name}")
+        elif arrays[name].shape != shape:
+            problems.append(f"{name} has shape {arrays[name].shape}, expected {shape}")
     if problems:
         raise ValueError("the state_dict does not fit the model: " + "; ".join(problems))
-    # A copy: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
-    return unflatten_dict({p: jnp.array(array, jnp.float32) for p, array in ours.items()})
+    # Copies: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
+    return unflatten_dict(
+        {
+            path: jnp.array(_from_layout(arrays[name]), jnp.float32)
+            for name, path in expected.items()
+        }
+    )
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _set_up(config: Config, mesh: Mesh, train_set: Dataset, test_set: Dataset) -
     statistics = channel_statistics(train_set.images)
 
     train_data, test_data = (programs.put_dataset(d, mesh) for d in (train_set, test_set))
-    replicated = train_data["label"].sharding
+    replicated = programs.replicated(mesh)
     init_key, order_key, _ = programs.random_keys(config.seed)
     create = partial(create_state, model, optimizer, image_shape=train_set.images.shape[1:])
     order = partial(programs.epoch_order, order_key, num_examples=len(train_set))
@@ -179,17 +179,21 @@ def _run_epoch(
     order = run.order(epoch)
     started = time.perf_counter()
     losses, accuracies = [], []
+    loss_sum = accuracy_sum = 0.0  # for the bar: the sum of the lists grows with the epoch
 
     def fetch(metrics: dict[str, jax.Array]) -> None:
-        loss, step = float(metrics["loss"]), first + len(losses)
+        nonlocal loss_sum, accuracy_sum
+        loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
+        step = first + len(losses)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {step + 1}, in epoch {epoch + 1}, with a learning "
                 f"rate of {run.learning_rate(step):.3g}"
             )
         losses.append(loss)
-        accuracies.append(float(metrics["accuracy"]))
-        progress.step(epoch + 1, run.config.batch_size, fmean(losses), fmean(accuracies))
+        accuracies.append(accuracy)
+        loss_sum, accuracy_sum, count = loss_sum + loss, accuracy_sum + accuracy, len(losses)
+        progress.step(epoch + 1, run.config.batch_size, loss_sum / count, accuracy_sum / count)
 
     # Fetched a step late, so that the device always has the next one to go on with.
     running = None

@@ -37,10 +37,14 @@ def make_mesh(batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
     return mesh
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def put_dataset(dataset: Dataset, mesh: Mesh) -> Batch:
     """A data set on every device: "image", uint8 [N, H, W, C], and "label", int32 [N]."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.device_put({"image": dataset.images, "label": dataset.labels}, replicated)
+    return jax.device_put({"image": dataset.images, "label": dataset.labels}, replicated(mesh))
 
 
 def build_model(config: Config, num_classes: int, platform: str) -> ResNet:
@@ -82,7 +86,8 @@ def make_train_program(
       statistics: mean and std of each channel, for `normalize`.
       steps_per_epoch: steps before the order changes.
     """
-    replicated, by_example = _shardings(mesh)
+    everywhere = replicated(mesh)
+    by_example = NamedSharding(mesh, PartitionSpec("data"))
     _, _, augment_key = random_keys(config.seed)
 
     def program(state, data, order):
@@ -106,7 +111,7 @@ def make_train_program(
             label_smoothing=config.label_smoothing,
         )
 
-    return jax.jit(program, donate_argnums=0, in_shardings=replicated, out_shardings=replicated)
+    return jax.jit(program, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
 
 
 def make_eval_program(
@@ -120,7 +125,8 @@ def make_eval_program(
 
     Beyond the end of the data a batch is filled up with examples that do not count.
     """
-    replicated, by_example = _shardings(mesh)
+    everywhere = replicated(mesh)
+    by_example = NamedSharding(mesh, PartitionSpec("data"))
 
     def program(state, data, start):
         count = len(data["label"])
@@ -134,7 +140,7 @@ def make_eval_program(
         }
         return eval_step(state, batch, model=model)
 
-    return jax.jit(program, in_shardings=replicated, out_shardings=replicated)
+    return jax.jit(program, in_shardings=everywhere, out_shardings=everywhere)
 
 
 def evaluate(
@@ -155,8 +161,3 @@ def evaluate(
         "loss": sum(float(s["loss"]) for s in sums) / count,
         "accuracy": sum(int(s["correct"]) for s in sums) / count,
     }
-
-
-def _shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
-    """(the same on every device, split by example)."""
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))

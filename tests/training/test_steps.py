@@ -99,12 +99,12 @@ def test_eval_step_counts_what_the_mask_says(rng):
     assert sums["count"] == 3
 
 
-def run_program(config, dataset, devices, steps, epoch_steps=None):
+def run_program(config, dataset, devices, steps):
     """Trains for some steps on the first devices; returns state and losses."""
     mesh = programs.make_mesh(config.batch_size, jax.devices()[:devices])
     optimizer = sgd(config, optax.constant_schedule(config.learning_rate))
     data = programs.put_dataset(dataset, mesh)
-    steps_per_epoch = epoch_steps or len(dataset) // config.batch_size
+    steps_per_epoch = len(dataset) // config.batch_size
     program = programs.make_train_program(
         config,
         MODEL,
@@ -113,12 +113,12 @@ def run_program(config, dataset, devices, steps, epoch_steps=None):
         statistics=channel_statistics(dataset.images),
         steps_per_epoch=steps_per_epoch,
     )
-    state = jax.device_put(make_state(optimizer), data["label"].sharding)
+    state = jax.device_put(make_state(optimizer), programs.replicated(mesh))
     _, order_key, _ = programs.random_keys(config.seed)
     losses = []
     for step in range(steps):
         order = programs.epoch_order(order_key, step // steps_per_epoch, len(dataset))
-        state, metrics = program(state, data, jax.device_put(order, data["label"].sharding))
+        state, metrics = program(state, data, jax.device_put(order, programs.replicated(mesh)))
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -185,7 +185,7 @@ def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     mesh = programs.make_mesh(batch_size, jax.devices()[:devices])
     data = programs.put_dataset(dataset, mesh)
     program = programs.make_eval_program(MODEL, mesh, batch_size=batch_size, statistics=statistics)
-    state = jax.device_put(make_state(optax.sgd(0.1)), data["label"].sharding)
+    state = jax.device_put(make_state(optax.sgd(0.1)), programs.replicated(mesh))
     result = programs.evaluate(program, state, data, batch_size=batch_size)
 
     images = (dataset.images / 255 - statistics[0]) / statistics[1]
