@@ -22,41 +22,105 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_resnet.models.convolution import convolution
+
 Dtype = Any
 
 # torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu")
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def conv(planes: int, size: int, stride: int = 1, **kwargs) -> nn.Conv:
-    """Convolution of odd size, padded by half of it on every side, without bias."""
-    return nn.Conv(
-        planes,
-        (size, size),
-        stride,
-        padding=size // 2,
-        use_bias=False,
-        kernel_init=kaiming_normal,
-        **kwargs,
-    )
+class Conv(nn.Module):
+    """Convolution of odd size, padded by half of it on every side, without bias.
+
+    Attributes:
+      planes: channels of the output.
+      size: height and width of the kernel.
+      stride: in both directions.
+      dtype: type of the compute.
+    """
+
+    planes: int
+    size: int
+    stride: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.size, self.size, x.shape[-1], self.planes)
+        kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return convolution(x, kernel, stride=self.stride, padding=self.size // 2)
 
 
-def conv3x3(planes: int, stride: int = 1, **kwargs) -> nn.Conv:
+def conv3x3(planes: int, stride: int = 1, **kwargs) -> Conv:
     """3x3 convolution with padding 1."""
-    return conv(planes, 3, stride, **kwargs)
+    return Conv(planes, 3, stride, **kwargs)
 
 
-def conv1x1(planes: int, stride: int = 1, **kwargs) -> nn.Conv:
+def conv1x1(planes: int, stride: int = 1, **kwargs) -> Conv:
     """1x1 convolution."""
-    return conv(planes, 1, stride, **kwargs)
+    return Conv(planes, 1, stride, **kwargs)
 
 
-def batch_norm(train: bool, *, zero_init: bool = False, **kwargs) -> nn.BatchNorm:
-    """BatchNorm over N, H and W with PyTorch's defaults (its momentum 0.1 is 0.9 here)."""
-    scale_init = nn.initializers.zeros if zero_init else nn.initializers.ones
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, scale_init=scale_init, **kwargs
-    )
+class BatchNorm(nn.Module):
+    """BatchNorm over N, H and W (Ioffe and Szegedy, arXiv:1502.03167).
+
+    Statistics are float32, and the biased variance is the mean of the squares less the
+    square of the mean, so that both come from one pass over x.
+
+    Attributes:
+      train: normalise by the batch's statistics and move the running ones towards them,
+        not by the running ones.
+      momentum: share of the running statistics that a step keeps (PyTorch's 1 - 0.9).
+      epsilon: added to the variance.
+      zero_init: start the scale at zero instead of one.
+      dtype: type of the output.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    zero_init: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = (x.shape[-1],)
+        scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        scale = self.param("scale", scale_init, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        if self.train:
+            mean = x.mean((0, 1, 2))
+            var = jnp.maximum(0, jnp.square(x).mean((0, 1, 2)) - jnp.square(mean))
+            if not self.is_initializing():
+                new = 1 - self.momentum
+                running_mean.value = self.momentum * running_mean.value + new * mean
+                running_var.value = self.momentum * running_var.value + new * var
+        else:
+            mean, var = running_mean.value, running_var.value
+
+        # One factor and one summand a channel: the gradient then needs no more of x than
+        # x itself, where x - mean would be another array of its size to keep.
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        summand = bias - mean * factor
+        return (x * factor[None, None, None] + summand[None, None, None]).astype(self.dtype)
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+    out = relu(*primals)
+    return out, jnp.where(out > 0, tangents[0], 0)
 
 
 def shortcut_connection(
@@ -83,7 +147,7 @@ def shortcut_connection(
         return x
     if kind == "projection":
         x = conv1x1(planes, stride, dtype=dtype, name="downsample_conv")(x)
-        return batch_norm(train, dtype=dtype, name="downsample_bn")(x)
+        return BatchNorm(train, dtype=dtype, name="downsample_bn")(x)
     missing = planes - x.shape[-1]
     if missing < 0:
         raise ValueError(f"an identity shortcut cannot go from {x.shape[-1]} to {planes} channels")
@@ -124,13 +188,13 @@ class BasicBlock(nn.Module):
         )
 
         out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv1")(x)
-        out = batch_norm(train, dtype=dtype, name="bn1")(out)
-        out = nn.relu(out)
+        out = BatchNorm(train, dtype=dtype, name="bn1")(out)
+        out = relu(out)
 
         out = conv3x3(out_planes, dtype=dtype, name="conv2")(out)
-        out = batch_norm(train, dtype=dtype, name="bn2", zero_init=self.zero_init_residual)(out)
+        out = BatchNorm(train, dtype=dtype, name="bn2", zero_init=self.zero_init_residual)(out)
 
-        return nn.relu(out + identity)
+        return relu(out + identity)
 
 
 class Bottleneck(nn.Module):
@@ -162,17 +226,17 @@ class Bottleneck(nn.Module):
         )
 
         out = conv1x1(self.planes, dtype=dtype, name="conv1")(x)
-        out = batch_norm(train, dtype=dtype, name="bn1")(out)
-        out = nn.relu(out)
+        out = BatchNorm(train, dtype=dtype, name="bn1")(out)
+        out = relu(out)
 
         out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv2")(out)
-        out = batch_norm(train, dtype=dtype, name="bn2")(out)
-        out = nn.relu(out)
+        out = BatchNorm(train, dtype=dtype, name="bn2")(out)
+        out = relu(out)
 
         out = conv1x1(out_planes, dtype=dtype, name="conv3")(out)
-        out = batch_norm(train, dtype=dtype, name="bn3", zero_init=self.zero_init_residual)(out)
+        out = BatchNorm(train, dtype=dtype, name="bn3", zero_init=self.zero_init_residual)(out)
 
-        return nn.relu(out + identity)
+        return relu(out + identity)
 
 
 class ResNet(nn.Module):
@@ -223,9 +287,9 @@ class ResNet(nn.Module):
         if self.cifar_stem:
             x = conv3x3(self.widths[0], dtype=self.dtype, name="conv1")(x)
         else:
-            x = conv(self.widths[0], 7, stride=2, dtype=self.dtype, name="conv1")(x)
-        x = batch_norm(train, dtype=self.dtype, name="bn1")(x)
-        x = nn.relu(x)
+            x = Conv(self.widths[0], 7, stride=2, dtype=self.dtype, name="conv1")(x)
+        x = BatchNorm(train, dtype=self.dtype, name="bn1")(x)
+        x = relu(x)
         if not self.cifar_stem:
             # Flax takes what its annotation of padding does not allow.
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,169 @@
+"""Convolution: XLA's on GPU and TPU, our own on a CPU, where XLA's is slow.
+
+With the gradient g of its output for a third, sum(g * convolution(x, kernel)) is linear
+in each of x, kernel and g. Its derivatives by them are the three operations of a training
+step, and the derivatives of those are again among the three. So three JAX primitives,
+each with the XLA program that means the same, have derivatives of every order, forward
+and reverse. On one CPU device they run in convolution.cc where that applies (float32, and
+channels of the result a multiple of a vector register's), in XLA elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from flax_resnet.models import native
+
+Shape = tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """What the operands' shapes do not tell of a convolution.
+
+    Attributes:
+      stride: pixels from one output to the next, in both directions.
+      padding: rows and columns of zeros on every side of an image.
+      size: height and width of the images.
+      window: height and width of the kernel.
+    """
+
+    stride: int
+    padding: int
+    size: tuple[int, int]
+    window: tuple[int, int]
+
+
+def convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """Convolves images with a kernel, as torch.nn.functional.conv2d does.
+
+    Args:
+      x: [N, H, W, CI].
+      kernel: [KH, KW, CI, CO], of the same type.
+      stride: pixels from one output to the next, in both directions.
+      padding: rows and columns of zeros on every side of an image.
+
+    Returns:
+      [N, (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1, CO].
+    """
+    _, height, width, _ = x.shape
+    geometry = Geometry(stride, padding, (height, width), (kernel.shape[0], kernel.shape[1]))
+    return forward.bind(x, kernel, geometry=geometry)
+
+
+# What each operation means, for XLA. Gradients are [N, OH, OW, CO].
+
+
+def _xla_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (geometry.stride, geometry.stride),
+        [(geometry.padding, geometry.padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _xla_input_gradient(gradient: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    shape = _input_shape(gradient.shape, kernel.shape, geometry)
+    x = jax.ShapeDtypeStruct(shape, gradient.dtype)
+    transpose = jax.linear_transpose(lambda x: _xla_forward(x, kernel, geometry), x)
+    return transpose(gradient)[0]
+
+
+def _xla_kernel_gradient(x: jax.Array, gradient: jax.Array, geometry: Geometry) -> jax.Array:
+    shape = _kernel_shape(x.shape, gradient.shape, geometry)
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    transpose = jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, geometry), kernel)
+    return transpose(gradient)[0]
+
+
+def _output_shape(x: Shape, kernel: Shape, geometry: Geometry) -> Shape:
+    reach = [
+        (size + 2 * geometry.padding - window) // geometry.stride + 1
+        for size, window in zip(geometry.size, geometry.window, strict=True)
+    ]
+    return (x[0], *reach, kernel[3])
+
+
+def _input_shape(gradient: Shape, kernel: Shape, geometry: Geometry) -> Shape:
+    return (gradient[0], *geometry.size, kernel[2])
+
+
+def _kernel_shape(x: Shape, gradient: Shape, geometry: Geometry) -> Shape:
+    return (*geometry.window, x[3], gradient[3])
+
+
+def _define(
+    name: str,
+    xla: Callable[[jax.Array, jax.Array, Geometry], jax.Array],
+    result_shape: Callable[[Shape, Shape, Geometry], Shape],
+) -> Primitive:
+    """The primitive (a, b, geometry) -> result, all but its derivatives.
+
+    Args:
+      name: of the function of convolution.cc.
+      xla: the same operation in XLA.
+      result_shape: shape of the result, from those of a and b.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
+    primitive.def_abstract_eval(
+        lambda a, b, *, geometry: a.update(shape=result_shape(a.shape, b.shape, geometry))
+    )
+
+    def with_xla(a, b, *, geometry):
+        return xla(a, b, geometry)
+
+    def with_ours(a, b, *, geometry):
+        result = jax.ShapeDtypeStruct(result_shape(a.shape, b.shape, geometry), a.dtype)
+        return jax.ffi.ffi_call(f"flax_resnet_{name}", result)(
+            a, b, stride=np.int64(geometry.stride), padding=np.int64(geometry.padding)
+        )
+
+    lower_xla: Callable[..., Any] = mlir.lower_fun(with_xla, multiple_results=False)
+    lower_ours: Callable[..., Any] = mlir.lower_fun(with_ours, multiple_results=False)
+
+    def lower_for_cpu(ctx, a, b, *, geometry):
+        applies = (
+            all(aval.dtype == np.float32 and aval.size for aval in ctx.avals_in)
+            # XLA cannot divide a function that it does not know among devices.
+            and ctx.module_context.axis_context.num_devices == 1
+            and (lanes := native.lanes())
+            and ctx.avals_out[0].shape[-1] % lanes == 0
+        )
+        return (lower_ours if applies else lower_xla)(ctx, a, b, geometry=geometry)
+
+    mlir.register_lowering(primitive, lower_xla)
+    mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
+
+    def batched(operands, axes, *, geometry):
+        return jax.vmap(lambda a, b: xla(a, b, geometry), axes)(*operands), 0
+
+    batching.primitive_batchers[primitive] = batched
+    return primitive
+
+
+forward = _define("forward", _xla_forward, _output_shape)
+input_gradient = _define("input_gradient", _xla_input_gradient, _input_shape)
+kernel_gradient = _define("kernel_gradient", _xla_kernel_gradient, _kernel_shape)
+
+ad.defbilinear(
+    forward,
+    lambda g, x, kernel, *, geometry: input_gradient.bind(g, kernel, geometry=geometry),
+    lambda g, x, kernel, *, geometry: kernel_gradient.bind(x, g, geometry=geometry),
+)
+ad.defbilinear(
+    input_gradient,
+    lambda x, g, kernel, *, geometry: forward.bind(x, kernel, geometry=geometry),
+    lambda x, g, kernel, *, geometry: kernel_gradient.bind(x, g, geometry=geometry),
+)
+ad.defbilinear(
+    kernel_gradient,
+    lambda kernel, x, g, *, geometry: input_gradient.bind(g, kernel, geometry=geometry),
+    lambda kernel, x, g, *, geometry: forward.bind(x, kernel, geometry=geometry),
+)

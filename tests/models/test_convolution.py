@@ -1,0 +1,174 @@
+"""Our convolution: PyTorch's numbers in float64, derivatives of every kind, and its fallbacks."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_resnet.models import native
+from flax_resnet.models.convolution import convolution
+
+torch = pytest.importorskip("torch")
+
+# (N, H, W, CI, CO, kernel, stride)
+CASES = [
+    (5, 32, 32, 3, 16, 3, 1),  # CIFAR's stem
+    (3, 45, 38, 3, 64, 7, 2),  # ImageNet's
+    (9, 17, 13, 16, 16, 3, 1),
+    (9, 17, 13, 16, 48, 3, 2),
+    (2, 80, 70, 32, 16, 3, 1),  # more than fits into a core's cache at a time
+    (7, 8, 9, 64, 32, 1, 1),
+    (7, 9, 8, 32, 128, 1, 2),
+    (4, 4, 4, 128, 256, 3, 1),  # a kernel whose gradient is divided by rows
+    (3, 1, 2, 256, 512, 3, 2),
+    (2, 6, 5, 16, 32, 5, 3),
+    (1, 7, 7, 20, 24, 3, 1),  # channels that fill no vector register
+]
+
+
+def xla_convolution(x, kernel, stride, padding):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def assert_close(ours, expected, tolerance=1e-5):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert a.shape == b.shape
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def custom_calls(function, *arguments) -> bool:
+    return "flax_resnet_" in jax.jit(function).lower(*arguments).as_text()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients_are_torchs_in_float64(case, rng):
+    n, height, width, ci, co, size, stride = case
+    x = rng.normal(size=(n, height, width, ci)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, ci, co)).astype(np.float32)
+
+    x64 = torch.from_numpy(x).double().permute(0, 3, 1, 2).requires_grad_()
+    kernel64 = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
+    out64 = torch.nn.functional.conv2d(x64, kernel64, stride=stride, padding=size // 2)
+    g = rng.normal(size=(*out64.shape[:1], *out64.shape[2:], co)).astype(np.float32)
+    out64.backward(torch.from_numpy(g).double().permute(0, 3, 1, 2))
+
+    out, vjp = jax.vjp(
+        jax.jit(lambda x, w: convolution(x, w, stride=stride, padding=size // 2)), x, kernel
+    )
+    by_x, by_kernel = vjp(g)
+    assert_close(out, out64.detach().permute(0, 2, 3, 1))
+    assert_close(by_x, x64.grad.permute(0, 2, 3, 1))
+    assert_close(by_kernel, kernel64.grad.permute(2, 3, 1, 0))
+
+
+@pytest.fixture
+def operands(rng):
+    x = rng.normal(size=(16, 9, 7, 16)).astype(np.float32)
+    return x, rng.normal(scale=0.1, size=(3, 3, 16, 32)).astype(np.float32)
+
+
+def ours(x, kernel):
+    return convolution(x, kernel, stride=2, padding=1)
+
+
+def xlas(x, kernel):
+    return xla_convolution(x, kernel, 2, 1)
+
+
+def gradients(convolve):
+    return jax.grad(lambda x, kernel: jnp.sum(jnp.sin(convolve(x, kernel))), argnums=(0, 1))
+
+
+def test_runs_in_our_own_code(operands):
+    assert native.lanes() is not None
+    assert custom_calls(ours, *operands)
+    assert custom_calls(gradients(ours), *operands)
+
+
+def test_second_derivatives(operands):
+    def forward_over_reverse(convolve):
+        return lambda *primals: jax.jvp(gradients(convolve), primals, primals)[1]
+
+    def reverse_over_reverse(convolve):
+        return jax.grad(
+            lambda *primals: sum(jnp.sum(jnp.cos(g)) for g in gradients(convolve)(*primals)),
+            argnums=(0, 1),
+        )
+
+    for derivative in (forward_over_reverse, reverse_over_reverse):
+        assert custom_calls(derivative(ours), *operands)
+        assert_close(jax.jit(derivative(ours))(*operands), jax.jit(derivative(xlas))(*operands))
+
+
+def test_vmap(operands):
+    x, kernel = operands
+    kernels = np.stack([kernel, 2 * kernel])
+    assert_close(jax.vmap(ours, (None, 0))(x, kernels), jax.vmap(xlas, (None, 0))(x, kernels))
+
+    def of_each_example(convolve):
+        return jax.vmap(lambda x: gradients(convolve)(x[None], kernel))(x)
+
+    assert_close(of_each_example(ours), of_each_example(xlas))
+
+
+def test_devices_divide_the_batch(operands):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    by_example = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = (by_example, everywhere)
+    divided = jax.jit(gradients(ours), in_shardings=shardings, out_shardings=shardings)
+    assert_close(divided(*operands), gradients(xlas)(*operands))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_other_types_run_in_xla(dtype, operands):
+    x, kernel = (jnp.asarray(a, dtype) for a in operands)
+    assert not custom_calls(ours, x, kernel)
+    np.testing.assert_array_equal(ours(x, kernel), xlas(x, kernel))
+
+
+def test_an_empty_batch(operands):
+    x, kernel = operands
+    out, (by_x, by_kernel) = ours(x[:0], kernel), gradients(ours)(x[:0], kernel)
+    assert out.shape == (0, 5, 4, 32)
+    assert by_x.shape == (0, 9, 7, 16)
+    np.testing.assert_array_equal(by_kernel, np.zeros_like(kernel))
+
+
+@pytest.mark.parametrize("compiler", ["no_such_compiler", "false"])
+def test_without_a_compiler_xla_does_it(compiler, user_cache):
+    program = textwrap.dedent("""
+        import functools, jax
+        from flax_resnet.models.convolution import convolution
+
+        x, kernel = jax.numpy.ones((1, 8, 8, 16)), jax.numpy.ones((1, 1, 16, 16))
+        convolve = jax.jit(functools.partial(convolution, stride=1, padding=0))
+        print("flax_resnet_" in convolve.lower(x, kernel).as_text(), convolve(x, kernel).sum())
+    """)
+    environment = {**os.environ, "CXX": compiler}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == f"False {8 * 8 * 16 * 16:.1f}\n"
+    assert result.stderr.count("three times slower") == 1
+
+
+def test_compiled_once(user_cache):
+    library = native._compiled()
+    assert library.is_relative_to(user_cache)
+    assert [library] == list(library.parent.iterdir())
+    written = library.stat().st_mtime_ns
+    assert native._compiled() == library
+    assert library.stat().st_mtime_ns == written
