@@ -119,6 +119,7 @@ def create(name: str) -> ResNet:
     block, layers, fields = {
         "resnet18": (BasicBlock, (2, 2, 2, 2), {}),
         "resnet50": (Bottleneck, (3, 4, 6, 3), {}),
+        "cifar_resnet18": (BasicBlock, (2, 2, 2, 2), {"widths": (64, 128, 256, 512)}),
         "cifar_resnet8": (BasicBlock, (1, 1, 1), HE_CIFAR),
         "cifar_resnet20": (BasicBlock, (3, 3, 3), HE_CIFAR),
         "lab10_resnet50": (Bottleneck, (3, 4, 6, 3), LAB10),

@@ -1,0 +1,224 @@
+"""Images a second of a training step, ours and PyTorch's, measured in turn.
+
+    python benchmarks/train_step.py
+
+Both train on one batch that stays on the device: forward, backward and SGD with momentum
+and weight decay; float32 on a CPU, bfloat16 compute on a GPU. Each PyTorch variant first
+runs alone for a while, with memory kept where that applies; the fastest is "PyTorch
+best". Then ours and it take turns, each in a process of its own, with the allocator's
+default settings and with those of `flax_resnet.training.memory` on both sides ("kept",
+CPU only). Figures are medians over the rounds.
+
+GFLOP/s count the multiplications and additions of convolutions and fc, as
+torch.utils.flop_counter does; "of matmul" is their share of the rate of a large matrix
+product measured in the same rounds.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.models.torch_resnet
+
+NETS = ("cifar_resnet20", "lab10_resnet50", "cifar_resnet18")
+VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
+
+
+def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
+    """A function that does that many steps and waits for the last."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    import flax_resnet as fr
+    from flax_resnet.training.config import Config
+    from flax_resnet.training.optimizer import sgd
+    from flax_resnet.training.steps import create_state, train_step
+
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    model = fr.create_model(net, num_classes=10, dtype=dtype)
+    optimizer = sgd(Config(nesterov=False), lambda step: 0.1)
+    state = jax.jit(partial(create_state, model, optimizer, image_shape=(32, 32, 3)))(
+        jax.random.key(0)
+    )
+    batch = {
+        "image": jax.random.normal(jax.random.key(1), (batch_size, 32, 32, 3)),
+        "label": jnp.arange(batch_size) % 10,
+    }
+    step = jax.jit(partial(train_step, model=model, optimizer=optimizer), donate_argnums=0)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        metrics = {}
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], None]:
+    """The same in PyTorch."""
+    import torch
+
+    from tests.models import torch_resnet
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
+    layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
+    model = torch_resnet.create(net).train().to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    predict = torch.compile(model) if "compile" in variant else model
+    images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=layout)
+    labels = (torch.arange(batch_size) % 10).to(device)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                loss = torch.nn.functional.cross_entropy(predict(images), labels)
+            loss.backward()
+            optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def prepare_matmul(size: int) -> Callable[[int], None]:
+    """Products of two square matrices, in the type of `prepare_ours`."""
+    import jax
+    import jax.numpy as jnp
+
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    multiply = jax.jit(jnp.matmul)
+
+    def run(steps: int) -> None:
+        product = a
+        for _ in range(steps):
+            product = multiply(a, b)
+        product.block_until_ready()
+
+    return run
+
+
+def work(connection: Connection, keep: bool, prepare: Callable, arguments: tuple) -> None:
+    """A process that runs as many steps as it is told to and answers with the seconds."""
+    if keep:
+        from flax_resnet.training.memory import keep_memory
+
+        keep_memory()
+    run = prepare(*arguments)
+    run(3)
+    while steps := connection.recv():
+        started = time.perf_counter()
+        run(steps)
+        connection.send(time.perf_counter() - started)
+
+
+class Worker:
+    """A process with one thing to time; about `seconds` of it at a time."""
+
+    def __init__(self, prepare: Callable, *arguments, keep: bool, seconds: float = 3.0):
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, keep, prepare, arguments))
+        self.process.start()
+        other.close()
+        self.steps = 2
+        self.steps = max(2, round(seconds / self.seconds_per_step()))
+
+    def seconds_per_step(self) -> float:
+        self.connection.send(self.steps)
+        return self.connection.recv() / self.steps
+
+    def stop(self) -> None:
+        self.connection.send(0)
+        self.process.join()
+
+
+def best_variant(net: str, batch_size: int, keep: bool) -> str:
+    """The PyTorch variant with the shortest step."""
+    seconds = {}
+    for variant in VARIANTS:
+        worker = Worker(prepare_torch, net, batch_size, variant, keep=keep)
+        seconds[variant] = statistics.median(worker.seconds_per_step() for _ in range(3))
+        worker.stop()
+        print(f"{net} {variant}: {batch_size / seconds[variant]:.0f} images/s", file=sys.stderr)
+    return min(seconds, key=seconds.__getitem__)
+
+
+def flops(net: str) -> int:
+    """Floating-point operations of a training step on one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tests.models import torch_resnet
+
+    model = torch_resnet.create(net)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
+    """Prints a line of the table for each setting of the allocator."""
+    best = best_variant(net, batch_size, keep=not on_gpu)
+    product_flops = 2 * (size := 8192 if on_gpu else 2048) ** 3
+    matmul = Worker(prepare_matmul, size, keep=False, seconds=1.0)
+    settings = (False,) if on_gpu else (False, True)
+    workers = {
+        (side, keep): Worker(prepare, net, batch_size, *arguments, keep=keep)
+        for keep in settings
+        for side, prepare, arguments in (
+            ("ours", prepare_ours, ()),
+            ("torch", prepare_torch, (best,)),
+        )
+    }
+    seconds = {key: [] for key in workers}
+    product_seconds = []
+    for _ in range(rounds):
+        for key, worker in workers.items():
+            seconds[key].append(worker.seconds_per_step())
+        product_seconds.append(matmul.seconds_per_step())
+    for worker in (*workers.values(), matmul):
+        worker.stop()
+
+    matmul_rate = product_flops / statistics.median(product_seconds)
+    for keep in settings:
+        ours, torch = (statistics.median(seconds[side, keep]) for side in ("ours", "torch"))
+        ratios = [t / o for o, t in zip(seconds["ours", keep], seconds["torch", keep], strict=True)]
+        rate = flops(net) * batch_size / ours
+        print(
+            f"| {net} | {batch_size} | {'kept' if keep else 'default'} | {batch_size / ours:.0f} "
+            f"| {batch_size / torch:.0f} ({best}) | {statistics.median(ratios):.2f} "
+            f"| {rate / 1e9:.0f} | {rate / matmul_rate:.0%} of {matmul_rate / 1e9:.0f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our training step against PyTorch's.")
+    parser.add_argument("--nets", nargs="+", default=NETS)
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[128])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+
+    import torch
+
+    print("| net | batch | memory | ours | PyTorch best | ratio | GFLOP/s | of matmul |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for net in arguments.nets:
+        for batch_size in arguments.batch_sizes:
+            measure(net, batch_size, arguments.rounds, torch.cuda.is_available())
+
+
+if __name__ == "__main__":
+    main()
