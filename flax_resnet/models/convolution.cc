@@ -33,17 +33,21 @@ namespace {
 
 using Index = std::ptrdiff_t;
 
+// kRows rows of two vectors each leave registers for two of b and one of a.
 #if defined(__AVX512F__)
-constexpr Index kLanes = 16;
+constexpr Index kLanes = 16, kRows = 8;
 #elif defined(__AVX__)
-constexpr Index kLanes = 8;
+constexpr Index kLanes = 8, kRows = 6;
+#elif defined(__ARM_NEON)
+constexpr Index kLanes = 4, kRows = 8;
 #else
-constexpr Index kLanes = 4;
+constexpr Index kLanes = 4, kRows = 6;
 #endif
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
 
-constexpr Index kRows = 8;
 constexpr Index kTile = 2 * kRows;
+
+constexpr Index kLine = 16;  // of floats, in a line of the cache
 
 // Sizes, chosen by measurement, of what should stay in the caches of a core.
 constexpr Index kImageBytes = 256 << 10;   // padded images at a time
@@ -66,8 +70,8 @@ template <int V, int H>
 __attribute__((noinline)) void Tile(const float* const* a, const float* b, const Sum& sum,
                                     float* const* c, Index rows, bool accumulate) {
   Vector acc[H][kRows][V] = {};
-  const float *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3];
-  const float *a4 = a[4], *a5 = a[5], *a6 = a[6], *a7 = a[7];
+  const float* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
   const Index half = H > 1 ? a[kRows] - a[0] : 0;
   for (Index s = 0; s < sum.count; ++s) {
     Index at = sum.a[s];
@@ -77,10 +81,8 @@ __attribute__((noinline)) void Tile(const float* const* a, const float* b, const
       for (int v = 0; v < V; ++v) w[v] = *reinterpret_cast<const Vector*>(bs + v * kLanes);
       for (int h = 0; h < H; ++h) {
         const Index p = at + h * half;
-        // Eight named pointers: an array of them would be spilled to the stack.
-        const float x[kRows] = {a0[p], a1[p], a2[p], a3[p], a4[p], a5[p], a6[p], a7[p]};
         for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < V; ++v) acc[h][r][v] += x[r] * w[v];
+          for (int v = 0; v < V; ++v) acc[h][r][v] += row[r][p] * w[v];
       }
     }
   }
@@ -213,13 +215,20 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
   const Index block_size = taps * ci * block;
   Array packed = Allocate(taps * ci * co);  // [co / block][tap][ci][block]
   ParallelFor(pool, co / block, [&](Index b) {
-    float* to = &packed[b * block_size];
-    for (Index t = 0; t < taps; ++t)
-      for (Index i = 0; i < ci; ++i, to += block)
-        if (transpose)
-          for (Index j = 0; j < block; ++j) to[j] = kernel[(t * co + b * block + j) * ci + i];
-        else
-          std::memcpy(to, kernel + (t * ci + i) * co + b * block, block * 4);
+    for (Index t = 0; t < taps; ++t) {
+      float* const to = &packed[b * block_size + t * ci * block];
+      if (!transpose) {
+        for (Index i = 0; i < ci; ++i)
+          std::memcpy(to + i * block, kernel + (t * ci + i) * co + b * block, block * 4);
+        continue;
+      }
+      // A few rows of `to` at a time, which stay in the cache while columns fill them.
+      for (Index first = 0; first < ci; first += kLine)
+        for (Index j = 0; j < block; ++j) {
+          const float* from = kernel + (t * co + b * block + j) * ci;
+          for (Index i = first; i < std::min(ci, first + kLine); ++i) to[i * block + j] = from[i];
+        }
+    }
   });
 
   const Index height = xs.h + border.top + border.bottom;
@@ -342,8 +351,14 @@ void Gather(const float* x, Shape xs, Shape gs, Shape ks, Index stride, Index pa
           std::memcpy(to + i * kTile, in + i * stride * xs.c, width * 4);
         for (Index i = r; i < gs.w; ++i) std::memset(to + i * kTile, 0, width * 4);
       };
-      // Of a known width a copy is one instruction: whole tiles, and the pixels of a stem.
-      width == kTile ? copy(kTile) : width == 3 ? copy(3) : copy(width);
+      // Of a known width a copy is an instruction or two.
+      switch (width) {
+        case kTile: copy(kTile); break;
+        case 8: copy(8); break;
+        case 4: copy(4); break;
+        case 3: copy(3); break;
+        default: copy(width);
+      }
     }
   }
 }
