@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # A tfds.core.DatasetBuilder. TFDS annotates its attributes so widely that a type checker
 # rejects every use of them.
 _Builder = Any
+
+_Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
 
 # How long a server may take to answer before there is no network.
 _SECONDS_TO_ANSWER = 8.0
@@ -55,6 +57,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
 
 def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Reads a split of a TFDS image classification data set, preparing it if need be.
@@ -75,53 +82,128 @@ def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
       InputError: if there is no such data set or split, if it is not prepared and
         cannot be, or if its folder is damaged.
     """
+    builder, ranges = _open_split(name, split, data_dir)
+    whole = {name: _load_whole(builder, name) for name in {name for name, _, _ in ranges}}
+    images = [whole[name][0][start:stop] for name, start, stop in ranges]
+    labels = [whole[name][1][start:stop] for name, start, stop in ranges]
+    return Dataset(
+        images[0] if len(ranges) == 1 else np.concatenate(images),
+        labels[0] if len(ranges) == 1 else np.concatenate(labels),
+        tuple(builder.info.features["label"].names),
+    )
+
+
+class Source:
+    """A split that stays on disk, for a data set too large to be loaded.
+
+    Opening, preparing and the names are as in `load_dataset`, and so is the order of the
+    examples. It can be pickled, and every process reads by itself.
+
+    Attributes:
+      image_shape: (H, W, C).
+      class_names: one name a class.
+
+    Raises (when made):
+      InputError: as `load_dataset`, or if the images differ in size.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None):
+        self._builder, self._ranges = _open_split(name, split, data_dir)
+        self._ends = np.cumsum([stop - start for _, start, stop in self._ranges])
+        self._features = _two_features(self._builder)
+        self._readers: dict[str, Any] = {}
+        self.class_names = tuple(self._builder.info.features["label"].names)
+        self.image_shape = self._builder.info.features["image"].shape
+        if None in self.image_shape and self.can_be_streamed:
+            self.image_shape = self.read(np.array([0]))[0].shape[1:]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded images and labels."""
+        return len(self) * (int(np.prod(self.image_shape)) + 4)
+
+    @property
+    def can_be_streamed(self) -> bool:
+        """Whether examples can be read in any order, as from ArrayRecord but not TFRecord."""
+        return self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads examples.
+
+        Args:
+          index: int [n], the places of the examples in the split.
+
+        Returns:
+          Images, uint8 [n, H, W, C], and labels, int32 [n].
+
+        Raises:
+          InputError: if they cannot be read, or differ in size.
+        """
+        images, labels = [None] * len(index), np.empty(len(index), np.int32)
+        range_of_each = np.searchsorted(self._ends, index, side="right")
+        try:
+            for i in np.unique(range_of_each):
+                split, _, stop = self._ranges[i]
+                if split not in self._readers:
+                    self._readers[split] = _reader(self._builder, split)
+                (places,) = np.nonzero(range_of_each == i)
+                within = index[places] - self._ends[i] + stop
+                records = self._readers[split].__getitems__(within.tolist())
+                for place, record in zip(places, records, strict=True):
+                    example: Any = self._features.deserialize_example_np(record)
+                    images[place], labels[place] = example["image"], example["label"]
+            return np.stack(images), labels  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except Exception as error:  # of the file readers and the decoders, or of other sizes
+            raise InputError(
+                _damaged(self._builder.name, self._builder.data_path, error)
+            ) from error
+
+
+def channel_statistics(
+    chunks: Iterable[np.ndarray],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, as the seed computes them.
+
+    Args:
+      chunks: the images in parts, uint8 [n, H, W, C] each.
+
+    Returns:
+      (mean, std) in units of full white: of images / 255.
+    """
+    # Sums of integers are exact, so the variance below loses no digit, and no order or
+    # size of the chunks changes it.
+    count = total = squares = 0
+    for chunk in chunks:
+        count += chunk.size // chunk.shape[-1]
+        total += chunk.sum(0, dtype=np.uint64).sum((0, 1))
+        squares += np.square(chunk, dtype=np.uint32).sum(0, dtype=np.uint64).sum((0, 1))
+    sums = [(int(t), int(q)) for t, q in zip(np.asarray(total), np.asarray(squares), strict=True)]
+    mean = tuple(t / count / 255 for t, _ in sums)
+    std = tuple((count * q - t**2) ** 0.5 / count / 255 for t, q in sums)
+    return mean, std
+
+
+# Opening and preparing a TFDS folder.
+
+
+def _open_split(name: str, split: str, data_dir: str | None) -> tuple[_Builder, list[_Range]]:
+    """A builder whose data is on disk, and the ranges of its splits that `split` names."""
     builder = _open(name, data_dir)
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
         raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
-
-    whole = {name: _load_whole(builder, name) for name in {part.splitname for part in parts}}
-    images = [whole[part.splitname][0][part.from_ : part.to] for part in parts]
-    labels = [whole[part.splitname][1][part.from_ : part.to] for part in parts]
-    dataset = Dataset(
-        images[0] if len(parts) == 1 else np.concatenate(images),
-        labels[0] if len(parts) == 1 else np.concatenate(labels),
-        tuple(builder.info.features["label"].names),
-    )
-    if not len(dataset):
+    ranges = []
+    for part in parts:  # what is left open is None
+        count = builder.info.splits[part.splitname].num_examples
+        ranges.append((part.splitname, part.from_ or 0, count if part.to is None else part.to))
+    if not sum(stop - start for _, start, stop in ranges):
         raise InputError(f"split {split!r} of {name} is empty")
-    return dataset
-
-
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, as the seed computes them.
-
-    Args:
-      images: uint8 [N, H, W, C].
-
-    Returns:
-      (mean, std) in units of full white: of images / 255.
-    """
-    # Sums of integers are exact, so the variance below loses no digit, and chunks keep
-    # a data set of 150 MB from becoming 1.2 GB of float64.
-    channels = images.shape[-1]
-    count = images.size // channels
-    total = np.zeros(channels, np.uint64)
-    squares = np.zeros(channels, np.uint64)
-    for chunk in np.array_split(images, max(1, len(images) // 1024)):
-        total += chunk.sum(0, dtype=np.uint64).sum((0, 1))
-        squares += np.square(chunk, dtype=np.uint32).sum(0, dtype=np.uint64).sum((0, 1))
-    mean = tuple(int(t) / count / 255 for t in total)
-    std = tuple(
-        (count * int(q) - int(t) ** 2) ** 0.5 / count / 255
-        for t, q in zip(total, squares, strict=True)
-    )
-    return mean, std
-
-
-# Opening and preparing a TFDS folder.
+    return builder, ranges
 
 
 def _open(name: str, data_dir: str | None) -> _Builder:
@@ -295,10 +377,20 @@ def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _examples(builder: _Builder, split: str) -> Iterator[tuple[np.ndarray, np.integer]]:
-    features = tfds.features.FeaturesDict({k: builder.info.features[k] for k in ("image", "label")})
+    features = _two_features(builder)
     for record in _records(builder, split):
         example: Any = features.deserialize_example_np(record)
         yield example["image"], example["label"]
+
+
+def _two_features(builder: _Builder) -> Any:
+    return tfds.features.FeaturesDict({k: builder.info.features[k] for k in ("image", "label")})
+
+
+def _reader(builder: _Builder, split: str) -> Any:
+    """Random access to the serialised examples of a split in ArrayRecord files."""
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    return builder.as_data_source(split, deserialize_method=raw)
 
 
 def _records(builder: _Builder, split: str) -> Iterator[bytes]:
@@ -307,8 +399,7 @@ def _records(builder: _Builder, split: str) -> Iterator[bytes]:
         for path in builder.info.splits[split].filepaths:
             yield from _tfrecords(path)
     else:
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        source = builder.as_data_source(split, deserialize_method=raw)
+        source = _reader(builder, split)
         for start in range(0, len(source), 1000):  # in one read each
             yield from source.__getitems__(range(start, min(start + 1000, len(source))))
 

@@ -16,6 +16,7 @@ towards the biased one.
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -74,6 +75,8 @@ class BatchNorm(nn.Module):
         not by the running ones.
       momentum: share of the running statistics that a step keeps (PyTorch's 1 - 0.9).
       epsilon: added to the variance.
+      splits: equal parts of the batch, each normalised by its own statistics; the running
+        ones move towards their mean. With one part a device nothing crosses devices.
       zero_init: start the scale at zero instead of one.
       dtype: type of the output.
     """
@@ -81,6 +84,7 @@ class BatchNorm(nn.Module):
     train: bool
     momentum: float = 0.9
     epsilon: float = 1e-5
+    splits: int = 1
     zero_init: bool = False
     dtype: Dtype = jnp.float32
 
@@ -93,22 +97,25 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
 
+        shape = x.shape
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.train:
-            mean = x.mean((0, 1, 2))
-            var = jnp.maximum(0, jnp.square(x).mean((0, 1, 2)) - jnp.square(mean))
+            x = x.reshape(self.splits, -1, *shape[1:])
+            mean = x.mean((1, 2, 3))
+            var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
             if not self.is_initializing():
                 new = 1 - self.momentum
-                running_mean.value = self.momentum * running_mean.value + new * mean
-                running_var.value = self.momentum * running_var.value + new * var
+                running_mean.value = self.momentum * running_mean.value + new * mean.mean(0)
+                running_var.value = self.momentum * running_var.value + new * var.mean(0)
         else:
-            mean, var = running_mean.value, running_var.value
+            x, mean, var = x[None], running_mean.value[None], running_var.value[None]
 
         # One factor and one summand a channel: the gradient then needs no more of x than
         # x itself, where x - mean would be another array of its size to keep.
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        summand = bias - mean * factor
-        return (x * factor[None, None, None] + summand[None, None, None]).astype(self.dtype)
+        factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
+        summand = bias[None] - mean * factor
+        x = x * factor[:, None, None, None] + summand[:, None, None, None]
+        return x.reshape(shape).astype(self.dtype)
 
 
 @jax.custom_jvp
@@ -123,8 +130,11 @@ def _relu_jvp(primals, tangents):
     return out, jnp.where(out > 0, tangents[0], 0)
 
 
+Norm = Callable[..., nn.Module]
+
+
 def shortcut_connection(
-    x: jax.Array, planes: int, stride: int, kind: str, *, train: bool, dtype: Dtype
+    x: jax.Array, planes: int, stride: int, kind: str, *, train: bool, norm: Norm, dtype: Dtype
 ) -> jax.Array:
     """Brings a block's input to the shape of its output; x itself where that is its shape.
 
@@ -136,6 +146,7 @@ def shortcut_connection(
         section 4.1), or "identity", every stride-th pixel with zero channels added
         on both sides (option A), which has no parameters.
       train: whether BatchNorm uses the batch's statistics.
+      norm: `BatchNorm`, with fields of its own set or not.
       dtype: type of the compute.
 
     Raises:
@@ -147,7 +158,7 @@ def shortcut_connection(
         return x
     if kind == "projection":
         x = conv1x1(planes, stride, dtype=dtype, name="downsample_conv")(x)
-        return BatchNorm(train, dtype=dtype, name="downsample_bn")(x)
+        return norm(train, dtype=dtype, name="downsample_bn")(x)
     missing = planes - x.shape[-1]
     if missing < 0:
         raise ValueError(f"an identity shortcut cannot go from {x.shape[-1]} to {planes} channels")
@@ -168,6 +179,7 @@ class BasicBlock(nn.Module):
         `shortcut_connection`.
       zero_init_residual: start the scale of the last BatchNorm at zero, so that the
         block starts as the identity (Goyal et al., arXiv:1706.02677, section 5.1).
+      norm: `BatchNorm`, with fields of its own set or not.
       dtype: type of the compute.
     """
 
@@ -175,6 +187,7 @@ class BasicBlock(nn.Module):
     stride: int = 1
     shortcut: str = "projection"
     zero_init_residual: bool = False
+    norm: Norm = BatchNorm
     dtype: Dtype = jnp.float32
 
     expansion: ClassVar[int] = 1
@@ -183,16 +196,17 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         out_planes = self.planes * self.expansion
         dtype = self.dtype
+        norm = partial(self.norm, train, dtype=dtype)
         identity = shortcut_connection(
-            x, out_planes, self.stride, self.shortcut, train=train, dtype=dtype
+            x, out_planes, self.stride, self.shortcut, train=train, norm=self.norm, dtype=dtype
         )
 
         out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv1")(x)
-        out = BatchNorm(train, dtype=dtype, name="bn1")(out)
+        out = norm(name="bn1")(out)
         out = relu(out)
 
         out = conv3x3(out_planes, dtype=dtype, name="conv2")(out)
-        out = BatchNorm(train, dtype=dtype, name="bn2", zero_init=self.zero_init_residual)(out)
+        out = norm(name="bn2", zero_init=self.zero_init_residual)(out)
 
         return relu(out + identity)
 
@@ -206,13 +220,14 @@ class Bottleneck(nn.Module):
     Attributes:
       planes: channels of the first two convolutions; the third has 4 times as many.
       stride: stride of the 3x3 convolution.
-      shortcut, zero_init_residual, dtype: as in `BasicBlock`.
+      shortcut, zero_init_residual, norm, dtype: as in `BasicBlock`.
     """
 
     planes: int
     stride: int = 1
     shortcut: str = "projection"
     zero_init_residual: bool = False
+    norm: Norm = BatchNorm
     dtype: Dtype = jnp.float32
 
     expansion: ClassVar[int] = 4
@@ -221,20 +236,21 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         out_planes = self.planes * self.expansion
         dtype = self.dtype
+        norm = partial(self.norm, train, dtype=dtype)
         identity = shortcut_connection(
-            x, out_planes, self.stride, self.shortcut, train=train, dtype=dtype
+            x, out_planes, self.stride, self.shortcut, train=train, norm=self.norm, dtype=dtype
         )
 
         out = conv1x1(self.planes, dtype=dtype, name="conv1")(x)
-        out = BatchNorm(train, dtype=dtype, name="bn1")(out)
+        out = norm(name="bn1")(out)
         out = relu(out)
 
         out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv2")(out)
-        out = BatchNorm(train, dtype=dtype, name="bn2")(out)
+        out = norm(name="bn2")(out)
         out = relu(out)
 
         out = conv1x1(out_planes, dtype=dtype, name="conv3")(out)
-        out = BatchNorm(train, dtype=dtype, name="bn3", zero_init=self.zero_init_residual)(out)
+        out = norm(name="bn3", zero_init=self.zero_init_residual)(out)
 
         return relu(out + identity)
 
@@ -257,6 +273,10 @@ class ResNet(nn.Module):
       cifar_stem: a 3x3 convolution with stride 1 for small images, in place of the
         7x7 convolution with stride 2 and the 3x3 max-pool with stride 2.
       shortcut: "projection" or "identity"; see `shortcut_connection`.
+      scan_blocks: run the blocks of a stage but the first under `lax.scan`, so that the
+        time to compile does not grow with their number. The variables have the same
+        names and values either way. For GPU and TPU: XLA:CPU is slow in loops.
+      bn_splits: see `BatchNorm`.
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
@@ -272,6 +292,8 @@ class ResNet(nn.Module):
     strides: Sequence[int] = (1, 2, 2, 2)
     cifar_stem: bool = False
     shortcut: str = "projection"
+    scan_blocks: bool = False
+    bn_splits: int = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -284,11 +306,12 @@ class ResNet(nn.Module):
                 f"{len(self.layers)}, {len(self.widths)} and {len(self.strides)}"
             )
 
+        norm = partial(BatchNorm, splits=self.bn_splits)
         if self.cifar_stem:
             x = conv3x3(self.widths[0], dtype=self.dtype, name="conv1")(x)
         else:
             x = Conv(self.widths[0], 7, stride=2, dtype=self.dtype, name="conv1")(x)
-        x = BatchNorm(train, dtype=self.dtype, name="bn1")(x)
+        x = norm(train, dtype=self.dtype, name="bn1")(x)
         x = relu(x)
         if not self.cifar_stem:
             # Flax takes what its annotation of padding does not allow.
@@ -296,15 +319,21 @@ class ResNet(nn.Module):
 
         stages = zip(self.layers, self.widths, self.strides, strict=True)
         for stage, (blocks, planes, stride) in enumerate(stages, start=1):
-            for i in range(blocks):
-                x = self.block(
-                    planes,
-                    stride if i == 0 else 1,
-                    shortcut=self.shortcut,
-                    zero_init_residual=self.zero_init_residual,
-                    dtype=self.dtype,
-                    name=f"layer{stage}_{i}",
-                )(x, train=train)
+            block = partial(
+                self.block,
+                planes,
+                shortcut=self.shortcut,
+                zero_init_residual=self.zero_init_residual,
+                norm=norm,
+                dtype=self.dtype,
+            )
+            names = [f"layer{stage}_{i}" for i in range(blocks)]
+            x = block(stride, name=names[0])(x, train=train)
+            if self.scan_blocks and not self.is_initializing():
+                x = self._scan(block(parent=None), names[1:], x, train)
+            else:
+                for name in names[1:]:
+                    x = block(name=name)(x, train=train)
 
         # Pooling and the classifier cost next to nothing: never in half precision.
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
@@ -315,6 +344,24 @@ class ResNet(nn.Module):
             dtype=x.dtype,
             name="fc",
         )(x)
+
+    def _scan(self, block: nn.Module, names: Sequence[str], x: jax.Array, train: bool) -> jax.Array:
+        """Runs equal blocks in a `lax.scan` over their variables, stacked for it."""
+        if not names:
+            return x
+
+        def run(x, variables):
+            x, updates = block.apply(variables, x, train=train, mutable=["batch_stats"])
+            return x, updates["batch_stats"]
+
+        kinds = ("params", "batch_stats")
+        of_each = [{kind: self.variables[kind][name] for kind in kinds} for name in names]
+        x, batch_stats = jax.lax.scan(run, x, jax.tree.map(lambda *v: jnp.stack(v), *of_each))
+        if train:
+            for i, name in enumerate(names):
+                moved = jax.tree.map(itemgetter(i), batch_stats)
+                self.put_variable("batch_stats", name, moved)
+        return x
 
 
 def _uniform(limit: float) -> Callable[..., jax.Array]:
@@ -356,6 +403,7 @@ cifar_resnet32 = partial(_he_cifar, (5, 5, 5))
 cifar_resnet44 = partial(_he_cifar, (7, 7, 7))
 cifar_resnet56 = partial(_he_cifar, (9, 9, 9))
 cifar_resnet110 = partial(_he_cifar, (18, 18, 18))
+cifar_resnet1202 = partial(_he_cifar, (200, 200, 200))
 
 # The CIFAR-10 net of the lesson "Lab10-6: ResNet" (Deep Learning Zero To All, season 2).
 lab10_resnet50 = partial(
@@ -385,6 +433,7 @@ _MODELS: dict[str, Callable[..., ResNet]] = {
     "cifar_resnet44": cifar_resnet44,
     "cifar_resnet56": cifar_resnet56,
     "cifar_resnet110": cifar_resnet110,
+    "cifar_resnet1202": cifar_resnet1202,
     "lab10_resnet50": lab10_resnet50,
 }
 

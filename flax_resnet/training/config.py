@@ -15,6 +15,8 @@ from flax_resnet.models import create_model
 
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 DTYPES = ("auto", "float32", "bfloat16")
+BATCH_NORMS = ("global", "per_replica")
+DATA_FEEDS = ("auto", "resident", "stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,12 @@ class Config:
     data_dir: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    # "resident": the data set lies decoded in the memory of every device; "stream": it is
+    # read from disk all the time, by `stream_workers` processes a host (0: by the run's
+    # own); "auto" streams what would take over a quarter of the memory. The batches are
+    # the same.
+    data_feed: str = "auto"
+    stream_workers: int = 4
     # Pixels of black added on every side before a random crop; 0 for no crop.
     crop_padding: int = 4
     horizontal_flip: bool = True
@@ -43,6 +51,10 @@ class Config:
     # Examples a step, over all devices together. What is left of an epoch is dropped:
     # another part of the examples every epoch.
     batch_size: int = 128
+    # Parts in which a batch goes through the model one after the other, to save memory.
+    accumulation_steps: int = 1
+    # BatchNorm's statistics: of the whole batch, or "per_replica", of each device's share.
+    batch_norm: str = "global"
     eval_batch_size: int = 512
     # Length of the run; num_steps, where it is set, is the length instead.
     num_epochs: int = 200
@@ -70,9 +82,13 @@ class Config:
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
+    "data_feed": (lambda v: v in DATA_FEEDS, f"one of {', '.join(DATA_FEEDS)}"),
+    "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
+    "accumulation_steps": (lambda v: v >= 1, "at least 1"),
+    "batch_norm": (lambda v: v in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
     "eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "num_epochs": (lambda v: v >= 1, "at least 1"),
     "num_steps": (lambda v: v is None or v >= 1, "at least 1"),

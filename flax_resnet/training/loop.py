@@ -7,23 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tensorboard.summary
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flax_resnet.data import Dataset, channel_statistics, load_dataset
 from flax_resnet.errors import InputError
 from flax_resnet.training import programs
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import open_checkpoints, restore_newest, save
+from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
+from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
 from flax_resnet.training.progress import Progress, say
-from flax_resnet.training.steps import Batch, TrainState, create_state
+from flax_resnet.training.steps import Metrics, TrainState, create_state
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -31,7 +32,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Writes config.json, dataset.json, checkpoints/ (the newest and the best state),
     metrics.jsonl (a line an epoch), TensorBoard's event files and curves.png.
-    Progress goes to standard error: a bar on a terminal, plain lines elsewhere.
+    Progress goes to standard error: a bar on a terminal, plain lines elsewhere. Of
+    several hosts the first writes and speaks; `workdir` is a folder that all of them see.
 
     Args:
       config: keys of `Config`, e.g. from `default_config`; those that it lacks have
@@ -48,34 +50,61 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     checked = check_config(config)
     workdir = Path(workdir)
     files.check_workdir(workdir, checked)
-    mesh = programs.make_mesh(checked.batch_size)
-    train_set = load_dataset(checked.dataset, checked.train_split, checked.data_dir)
-    test_set = load_dataset(checked.dataset, checked.eval_split, checked.data_dir)
-    run = _set_up(checked, mesh, train_set, test_set)
-    files.write_description(workdir, checked, train_set, run.statistics)
-    records = files.read_metrics(workdir)
+    keep_compiled_programs()
+    mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
+    data = open_data(checked, mesh)
+    run = _plan(checked, data)
+    model = programs.build_model(checked, len(data.train.class_names), mesh)
+    optimizer = sgd(checked, run.learning_rate)
+    first_host = jax.process_index() == 0
+    records = []
+    if first_host:
+        files.write_description(workdir, checked, data.train, data.statistics)
+        records = files.read_metrics(workdir)
+
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(workdir)))
-        writer = stack.enter_context(contextlib.closing(tensorboard.summary.Writer(str(workdir))))
-        stack.callback(files.plot_curves, records, workdir / "curves.png")
-
-        state = restore_newest(checkpoints, run.initial_state)
+        state = restore_newest(checkpoints, _initial_state(run, model, optimizer, data, mesh))
         done_steps = int(state.step)
         done_epochs = math.ceil(done_steps / run.steps_per_epoch)
+        devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        if jax.process_count() > 1:
+            devices += f" on {jax.process_count()} hosts"
         say(
-            f"{checked.model} on {mesh.size} x {mesh.devices.flat[0].device_kind}, "
-            f"{len(train_set)} training and {len(test_set)} test images, "
+            f"{checked.model} on {devices}, "
+            f"{len(data.train)} training and {len(data.test)} test images, "
             f"{run.num_epochs} epochs, {done_epochs} of them done: {workdir}"
         )
+        if first_host:
+            stack.callback(files.plot_curves, records, workdir / "curves.png")
         if done_epochs == run.num_epochs:
             return state
-        train_step, evaluate = _compile(run, state)
+
+        started = time.perf_counter()
+        step = programs.make_train_step(
+            checked,
+            model,
+            optimizer,
+            statistics=data.statistics,
+            steps_per_epoch=run.steps_per_epoch,
+        )
+        eval_step = programs.make_eval_step(model, statistics=data.statistics)
+        to_do = range(done_steps, run.total_steps)
+        feed = stack.enter_context(
+            open_feed(checked, mesh, data, step, eval_step, state, steps=to_do)
+        )
+        say(f"compiled in {time.perf_counter() - started:.1f} s")
+
+        writer = None
+        if first_host:
+            writer = tensorboard.summary.Writer(str(workdir))
+            stack.enter_context(contextlib.closing(writer))
         images = [steps * checked.batch_size for steps in (run.total_steps, done_steps)]
         progress = stack.enter_context(Progress(run.num_epochs, *images))
         for epoch in range(done_epochs, run.num_epochs):
-            state, record = _run_epoch(run, train_step, evaluate, state, epoch, progress)
+            state, record = _run_epoch(run, feed, state, epoch, progress)
             # The line may be there already, of a start that was cut off before the checkpoint.
-            if epoch >= len(records):
+            if writer is not None and epoch >= len(records):
                 records.append(record)
                 files.append_metrics(workdir, record)
                 files.write_scalars(writer, record)
@@ -86,135 +115,87 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same from the first step of a run to its last."""
+    """The length of a run, and its learning rate by step."""
 
     config: Config
-    statistics: tuple[tuple[float, ...], tuple[float, ...]]
     steps_per_epoch: int
     total_steps: int
-    learning_rate: Callable[[int], float]
-    train_data: Batch
-    test_data: Batch
-    initial_state: TrainState
-    order: Callable[[int], jax.Array]
-    train_program: jax.stages.Wrapped
-    eval_program: jax.stages.Wrapped
-    eval_batch_size: int
+    learning_rate: Callable[[int], jax.Array | float]
 
     @property
     def num_epochs(self) -> int:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
+    def learning_rate_of(self, step: int) -> float:
+        return float(jnp.asarray(self.learning_rate(step)))
 
-def _set_up(config: Config, mesh: Mesh, train_set: Dataset, test_set: Dataset) -> _Run:
-    """Puts the data on the devices, and builds the model, its state and the programs."""
-    steps_per_epoch = len(train_set) // config.batch_size
+
+def _plan(config: Config, data: Data) -> _Run:
+    steps_per_epoch = len(data.train) // config.batch_size
     if not steps_per_epoch:
-        raise InputError(f"batch_size={config.batch_size} of only {len(train_set)} examples")
+        raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
     learning_rate = learning_rate_schedule(
         config, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    platform = mesh.devices.flat[0].platform
-    model = programs.build_model(config, len(train_set.class_names), platform)
-    optimizer = sgd(config, learning_rate)
-    statistics = channel_statistics(train_set.images)
-
-    train_data, test_data = (programs.put_dataset(d, mesh) for d in (train_set, test_set))
-    replicated = programs.replicated(mesh)
-    init_key, order_key, _ = programs.random_keys(config.seed)
-    create = partial(create_state, model, optimizer, image_shape=train_set.images.shape[1:])
-    order = partial(programs.epoch_order, order_key, num_examples=len(train_set))
-    eval_batch_size = math.ceil(config.eval_batch_size / mesh.size) * mesh.size
-    return _Run(
-        config=config,
-        statistics=statistics,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        learning_rate=lambda step: float(jnp.asarray(learning_rate(step))),
-        train_data=train_data,
-        test_data=test_data,
-        initial_state=jax.jit(create, out_shardings=replicated)(init_key),
-        order=jax.jit(order, out_shardings=replicated),
-        train_program=programs.make_train_program(
-            config,
-            model,
-            optimizer,
-            mesh,
-            statistics=statistics,
-            steps_per_epoch=steps_per_epoch,
-        ),
-        eval_program=programs.make_eval_program(
-            model, mesh, batch_size=eval_batch_size, statistics=statistics
-        ),
-        eval_batch_size=eval_batch_size,
-    )
+    return _Run(config, steps_per_epoch, total_steps, learning_rate)
 
 
-def _compile(
-    run: _Run, state: TrainState
-) -> tuple[jax.stages.Compiled, Callable[[TrainState], dict[str, float]]]:
-    """Compiles training step and evaluation ahead, so that no epoch's time has it in."""
-    started = time.perf_counter()
-    train_step = run.train_program.lower(state, run.train_data, run.order(0)).compile()
-    eval_step = run.eval_program.lower(state, run.test_data, jnp.int32(0)).compile()
-    say(f"compiled in {time.perf_counter() - started:.1f} s")
-    evaluate = partial(
-        programs.evaluate, eval_step, data=run.test_data, batch_size=run.eval_batch_size
-    )
-    return train_step, evaluate
+def _initial_state(run: _Run, model, optimizer, data: Data, mesh: Mesh) -> TrainState:
+    create = partial(create_state, model, optimizer, image_shape=data.train.image_shape)
+    init_key, _ = programs.random_keys(run.config.seed)
+    # It runs once: seconds of optimisation would not pay.
+    options = {"xla_backend_optimization_level": "0"}
+    program = jax.jit(create, out_shardings=programs.replicated(mesh), compiler_options=options)
+    return program(init_key)
 
 
 def _run_epoch(
-    run: _Run,
-    train_step: jax.stages.Compiled,
-    evaluate: Callable[[TrainState], dict[str, float]],
-    state: TrainState,
-    epoch: int,
-    progress: Progress,
+    run: _Run, feed: Feed, state: TrainState, epoch: int, progress: Progress
 ) -> tuple[TrainState, files.Record]:
     """Trains for an epoch, counted from 0, and evaluates; returns its line of metrics too."""
     first = epoch * run.steps_per_epoch
-    steps = min(run.steps_per_epoch, run.total_steps - first)
-    order = run.order(epoch)
+    last = min(first + run.steps_per_epoch, run.total_steps)
     started = time.perf_counter()
     losses, accuracies = [], []
-    loss_sum = accuracy_sum = 0.0  # for the bar: the sum of the lists grows with the epoch
 
-    def fetch(metrics: dict[str, jax.Array]) -> None:
-        nonlocal loss_sum, accuracy_sum
-        loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-        step = first + len(losses)
-        if not math.isfinite(loss):
+    def fetch(metrics: Metrics) -> None:
+        loss, accuracy = (np.atleast_1d(metrics[name]) for name in ("loss", "accuracy"))
+        finite = np.isfinite(loss)
+        if not finite.all():
+            at = int(finite.argmin())
+            step = first + len(losses) + at
             raise FloatingPointError(
-                f"the loss is {loss} at step {step + 1}, in epoch {epoch + 1}, with a learning "
-                f"rate of {run.learning_rate(step):.3g}"
+                f"the loss is {loss[at]} at step {step + 1}, in epoch {epoch + 1}, with a "
+                f"learning rate of {run.learning_rate_of(step):.3g}"
             )
-        losses.append(loss)
-        accuracies.append(accuracy)
-        loss_sum, accuracy_sum, count = loss_sum + loss, accuracy_sum + accuracy, len(losses)
-        progress.step(epoch + 1, run.config.batch_size, loss_sum / count, accuracy_sum / count)
+        losses.extend(loss.tolist())
+        accuracies.extend(accuracy.tolist())
+        progress.step(epoch + 1, len(loss) * run.config.batch_size, loss, accuracy)
 
-    # Fetched a step late, so that the device always has the next one to go on with.
+    # Fetched a call late, so that the device always has the next one to go on with.
     running = None
-    for _ in range(steps):
-        state, metrics = train_step(state, run.train_data, order)
+    step = first
+    while step < last:
+        count = feed.steps_a_call if last - step >= feed.steps_a_call else 1
+        state, metrics = feed.advance(state, step, count)
+        step += count
         if running is not None:
             fetch(running)
         running = metrics
     assert running is not None  # an epoch has a step
     fetch(running)
     trained = time.perf_counter()
-    test = evaluate(state)
+    test = feed.evaluate(state)
     return state, {
         "epoch": epoch + 1,
-        "step": first + steps,
-        "train_loss": fmean(losses),
-        "train_accuracy": fmean(accuracies),
+        "step": last,
+        "train_loss": math.fsum(losses) / len(losses),
+        "train_accuracy": math.fsum(accuracies) / len(accuracies),
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
-        "learning_rate": run.learning_rate(first + steps - 1),
-        "images_per_second": steps * run.config.batch_size / (trained - started),
+        "learning_rate": run.learning_rate_of(last - 1),
+        "images_per_second": len(losses) * run.config.batch_size / (trained - started),
         "seconds": time.perf_counter() - started,
     }
 

@@ -1,9 +1,8 @@
-"""The compiled programs of a run: training step, evaluation and the order of an epoch.
+"""The compiled programs of a run: its steps and its evaluation.
 
-Each takes the whole data set on the devices and picks its batch there. Parameters and
-data are replicated over the mesh and every batch is split among its devices, so the
-compiler adds the sums over devices: of gradients, and of BatchNorm's statistics, which
-are those of the global batch.
+Parameters are replicated over the mesh and every batch is divided among its devices, so
+the compiler adds the sums over devices: of gradients, and of BatchNorm's statistics, which
+are those of the global batch unless the config says otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,24 +14,33 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_resnet.data import Dataset, augment, normalize
+from flax_resnet.data import augment, normalize
 from flax_resnet.errors import InputError
 from flax_resnet.models import ResNet, create_model
 from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, train_step
 
+Statistics = tuple[Sequence[float], Sequence[float]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
-def make_mesh(batch_size: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """One axis, "data", over `devices`; all there are by default.
+
+def make_mesh(
+    batch_size: int, accumulation_steps: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """One axis, "data", over `devices`; all there are, on all hosts, by default.
 
     Raises:
-      InputError: if they do not divide the batch.
+      InputError: if they do not divide the batch, or its parts.
     """
     mesh = Mesh(np.array(devices or jax.devices()), ("data",))
-    if batch_size % mesh.size:
+    multiple = mesh.size * accumulation_steps
+    if batch_size % multiple:
+        among = f"{mesh.size} devices"
+        if accumulation_steps > 1:
+            among += f" in {accumulation_steps} accumulation_steps"
         raise InputError(
-            f"batch_size={batch_size} cannot be divided among {mesh.size} devices: "
-            f"take a multiple of {mesh.size}"
+            f"batch_size={batch_size} cannot be divided among {among}: "
+            f"take a multiple of {multiple}"
         )
     return mesh
 
@@ -42,122 +50,116 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_dataset(dataset: Dataset, mesh: Mesh) -> Batch:
-    """A data set on every device: "image", uint8 [N, H, W, C], and "label", int32 [N]."""
-    return jax.device_put({"image": dataset.images, "label": dataset.labels}, replicated(mesh))
+def by_example(mesh: Mesh) -> NamedSharding:
+    """The first axis divided among the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def build_model(config: Config, num_classes: int, platform: str) -> ResNet:
-    """The model of a config; dtype "auto" is bfloat16 on "gpu" and "tpu"."""
+def build_model(config: Config, num_classes: int, mesh: Mesh) -> ResNet:
+    """The model of a config; dtype "auto" is bfloat16 on GPU and TPU."""
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-    return create_model(
-        config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **config.model_fields
-    )
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    fields = dict(config.model_fields)
+    if config.batch_norm == "per_replica":
+        fields["bn_splits"] = mesh.size
+    return create_model(config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
 
 
-def random_keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Independent keys of the initial weights, the order and the augmentation."""
-    init, order, augmentation = jax.random.split(jax.random.key(seed, impl="threefry2x32"), 3)
-    return init, order, augmentation
+def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Independent keys of the initial weights and of the augmentation."""
+    init, augmentation = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+    return init, augmentation
 
 
-def epoch_order(key: jax.Array, epoch: int, num_examples: int) -> jax.Array:
-    """The examples of an epoch in the order of their use, int32 [num_examples]."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
-
-
-def make_train_program(
+def make_train_step(
     config: Config,
     model: ResNet,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh,
     *,
-    statistics: tuple[Sequence[float], Sequence[float]],
+    statistics: Statistics,
     steps_per_epoch: int,
-) -> jax.stages.Wrapped:
-    """Compiled (state, data, order) -> (state, metrics): the step that `state.step` names.
+) -> Step:
+    """(state, batch) -> (state, metrics), from pixels on: augmentation and `train_step`.
+
+    A batch is "image", uint8 [N, H, W, C], "label", int32 [N], and "index", int32 [N],
+    the examples' places in the data set.
 
     Args:
       config: see `Config`.
       model, optimizer: see `train_step`.
-      mesh: see `make_mesh`.
       statistics: mean and std of each channel, for `normalize`.
-      steps_per_epoch: steps before the order changes.
+      steps_per_epoch: steps after which augmentation begins anew.
     """
-    everywhere = replicated(mesh)
-    by_example = NamedSharding(mesh, PartitionSpec("data"))
-    _, _, augment_key = random_keys(config.seed)
+    _, augment_key = random_keys(config.seed)
 
-    def program(state, data, order):
-        epoch, position = jnp.divmod(state.step, steps_per_epoch)
-        start = position * config.batch_size
-        index = jax.lax.dynamic_slice_in_dim(order, start, config.batch_size)
-        index = jax.lax.with_sharding_constraint(index, by_example)
+    def step(state, batch):
         images = augment(
-            data["image"][index],
-            index,
-            jax.random.fold_in(augment_key, epoch),
+            batch["image"],
+            batch["index"],
+            jax.random.fold_in(augment_key, state.step // steps_per_epoch),
             crop_padding=config.crop_padding,
             flip=config.horizontal_flip,
         )
-        batch = {"image": normalize(images, *statistics), "label": data["label"][index]}
         return train_step(
             state,
-            batch,
+            {"image": normalize(images, *statistics), "label": batch["label"]},
             model=model,
             optimizer=optimizer,
             label_smoothing=config.label_smoothing,
+            accumulation_steps=config.accumulation_steps,
         )
 
-    return jax.jit(program, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+    return step
 
 
-def make_eval_program(
-    model: ResNet,
-    mesh: Mesh,
-    *,
-    batch_size: int,
-    statistics: tuple[Sequence[float], Sequence[float]],
-) -> jax.stages.Wrapped:
-    """Compiled (state, data, start) -> sums over data[start : start + batch_size].
+def make_eval_step(model: ResNet, *, statistics: Statistics) -> Callable[..., Metrics]:
+    """(state, batch) -> sums over a batch of "image", uint8, "label" and "mask"."""
 
-    Beyond the end of the data a batch is filled up with examples that do not count.
-    """
-    everywhere = replicated(mesh)
-    by_example = NamedSharding(mesh, PartitionSpec("data"))
+    def step(state, batch):
+        return eval_step(
+            state, batch | {"image": normalize(batch["image"], *statistics)}, model=model
+        )
 
-    def program(state, data, start):
+    return step
+
+
+def make_pick(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:
+    """(data, order, position) -> that batch of an epoch, of examples on the device."""
+
+    def pick(data, order, position):
+        index = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+        index = jax.lax.with_sharding_constraint(index, by_example(mesh))
+        return {"image": data["image"][index], "label": data["label"][index], "index": index}
+
+    return pick
+
+
+def make_pick_eval(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:
+    """(data, start) -> the examples from `start` on, with a mask that is False beyond the end."""
+
+    def pick(data, start):
         count = len(data["label"])
-        index = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), by_example)
+        index = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), by_example(mesh))
         mask = index < count
         index = jnp.minimum(index, count - 1)
-        batch = {
-            "image": normalize(data["image"][index], *statistics),
-            "label": data["label"][index],
-            "mask": mask,
-        }
-        return eval_step(state, batch, model=model)
+        return {"image": data["image"][index], "label": data["label"][index], "mask": mask}
 
-    return jax.jit(program, in_shardings=everywhere, out_shardings=everywhere)
+    return pick
 
 
-def evaluate(
-    program: Callable[..., Metrics], state: TrainState, data: Batch, *, batch_size: int
-) -> dict[str, float]:
-    """Mean "loss" and "accuracy" over every example of `data`, each counted once.
+def make_train_steps(
+    step: Step, pick: Callable[..., Batch], *, steps_per_epoch: int, steps: int
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """(state, data, order) -> (state, metrics of each step): that many steps of an epoch.
 
-    Args:
-      program: see `make_eval_program`.
-      state: of the model to evaluate.
-      data: see `put_dataset`.
-      batch_size: that of the program.
+    One program, from choosing the examples on; nothing comes back before its end.
     """
-    starts = range(0, len(data["label"]), batch_size)
-    sums = jax.device_get([program(state, data, jnp.int32(start)) for start in starts])
-    count = sum(int(s["count"]) for s in sums)
-    return {
-        "loss": sum(float(s["loss"]) for s in sums) / count,
-        "accuracy": sum(int(s["correct"]) for s in sums) / count,
-    }
+
+    def program(state, data, order):
+        def body(state, _):
+            return step(state, pick(data, order, state.step % steps_per_epoch))
+
+        return jax.lax.scan(body, state, length=steps)
+
+    return program

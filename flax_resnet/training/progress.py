@@ -3,14 +3,17 @@
 import sys
 import time
 
+import jax
+import numpy as np
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 60.0
 
 
 def say(line: str) -> None:
-    """Writes a line on standard error, above the bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    """Writes a line on standard error, above the bar if there is one; on the first host."""
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
@@ -25,6 +28,7 @@ class Progress:
     def __init__(self, num_epochs: int, total_images: int, done_images: int):
         self._num_epochs = num_epochs
         self._total, self._first, self._done = total_images, done_images, done_images
+        self._epoch, self._steps, self._sums = 0, 0, np.zeros(2)
         self._started = self._spoke = time.monotonic()
         self._plain = not sys.stderr.isatty()
         self._bar = tqdm(
@@ -33,7 +37,7 @@ class Progress:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=self._plain,
+            disable=self._plain or jax.process_index() > 0,
         )
 
     def __enter__(self) -> "Progress":
@@ -42,9 +46,14 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def step(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
-        """Counts the images of a step; loss and accuracy are those of the epoch so far."""
+    def step(self, epoch: int, images: int, losses: np.ndarray, accuracies: np.ndarray) -> None:
+        """Counts the images of a few steps, and shows the means over the epoch so far."""
         self._done += images
+        if epoch != self._epoch:
+            self._epoch, self._steps, self._sums = epoch, 0, np.zeros(2)
+        self._steps += len(losses)
+        self._sums += [losses.sum(), accuracies.sum()]
+        loss, accuracy = self._sums / self._steps
         if not self._plain:
             self._bar.set_description(f"epoch {epoch}/{self._num_epochs}", refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)

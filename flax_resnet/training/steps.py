@@ -64,8 +64,13 @@ def train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     label_smoothing: float = 0.0,
+    accumulation_steps: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One step of training.
+
+    With accumulation_steps above 1 the batch goes through the model in so many parts, one
+    after the other, for which less memory is enough. The gradient is the same mean over
+    the batch, but BatchNorm sees one part at a time.
 
     Args:
       state: before the step.
@@ -73,26 +78,40 @@ def train_step(
       model, optimizer: as given to `create_state`.
       label_smoothing: share of the target spread evenly over all classes, as in
         torch.nn.CrossEntropyLoss.
+      accumulation_steps: parts of the batch; divides N.
 
     Returns:
       The state after the step, and the batch's mean "loss" and "accuracy", float32 [].
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
-    def loss_fn(params):
+    def loss_fn(params, batch_stats, image, label):
         logits, updates = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            batch["image"],
+            {"params": params, "batch_stats": batch_stats},
+            image,
             train=True,
             mutable=["batch_stats"],
         )
-        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        targets = jax.nn.one_hot(label, logits.shape[-1])
         targets = optax.smooth_labels(targets, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (logits, updates["batch_stats"])
+        accuracy = jnp.mean(logits.argmax(-1) == label, dtype=jnp.float32)
+        return loss, (updates["batch_stats"], {"loss": loss, "accuracy": accuracy})
 
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, (logits, batch_stats)), grads = gradient(state.params)
+    gradient = jax.grad(loss_fn, has_aux=True)
+
+    def part(batch_stats, batch):
+        grads, (batch_stats, metrics) = gradient(
+            state.params, batch_stats, batch["image"], batch["label"]
+        )
+        return batch_stats, (grads, metrics)
+
+    if accumulation_steps == 1:
+        batch_stats, (grads, metrics) = part(state.batch_stats, batch)
+    else:
+        batch_stats, (grads, metrics) = _in_parts(
+            part, state.batch_stats, batch, accumulation_steps
+        )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,
@@ -100,8 +119,24 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
-    accuracy = jnp.mean(logits.argmax(-1) == batch["label"], dtype=jnp.float32)
-    return state, {"loss": loss, "accuracy": accuracy}
+    return state, metrics
+
+
+def _in_parts(part, carry, batch, count):
+    """The carry after `part` has run on every part of a batch, and the mean of its results."""
+    # Part i has examples i, i + count, ...: where the batch is divided among devices, each
+    # of them keeps its own, and a share of every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry_and_sum, one):
+        carry, total = carry_and_sum
+        carry, result = part(carry, one)
+        return (carry, jax.tree.map(jnp.add, total, result)), None
+
+    _, result = jax.eval_shape(part, carry, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
+    (carry, total), _ = jax.lax.scan(add, (carry, zeros), parts)
+    return carry, jax.tree.map(lambda x: x / count, total)
 
 
 def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:

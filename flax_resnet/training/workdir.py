@@ -15,14 +15,14 @@ import matplotlib.figure
 import matplotlib.ticker
 import tensorboard.summary
 
-from flax_resnet.data import Dataset
+from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
 from flax_resnet.training.config import Config
 
 Record = dict[str, Any]
 
-# Where the data lies may change between two starts of one run.
-_FREE_KEYS = ("data_dir",)
+# Where the data lies and how it is read may change between two starts of one run.
+_FREE_KEYS = ("data_dir", "data_feed", "stream_workers")
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
@@ -52,7 +52,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
 def write_description(
     workdir: Path,
     config: Config,
-    train_set: Dataset,
+    train_set: Dataset | Source,
     statistics: tuple[Sequence[float], Sequence[float]],
 ) -> None:
     """Makes the folder, and writes config.json and dataset.json.

@@ -1,0 +1,102 @@
+"""The examples of every training step and every evaluation, in memory or from disk.
+
+What a batch holds depends on (seed, step) alone, however it is read and by how many hosts.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from flax_resnet.data.datasets import Source
+
+Arrays = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=1)  # one epoch is asked for at every of its steps
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """The examples of an epoch, counted from 0, in the order of their use: int32 [num_examples]."""
+    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = random.permutation(num_examples).astype(np.int32)
+    order.flags.writeable = False
+    return order
+
+
+@dataclass
+class TrainBatches:
+    """The batches of a run, by the number of the step that they are for.
+
+    A batch is "image", uint8 [n, H, W, C], "label", int32 [n], and "index", int32 [n], the
+    places in the split.
+
+    Attributes:
+      source: the training split.
+      seed: see `epoch_order`.
+      batch_size: examples a step.
+      share: those of a batch that this host reads.
+      first, stop: the steps; `self[0]` is for step `first`.
+    """
+
+    source: Source
+    seed: int
+    batch_size: int
+    share: slice
+    first: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+    def __getitem__(self, i: int) -> Arrays:
+        steps_per_epoch = len(self.source) // self.batch_size
+        epoch, position = divmod(self.first + i, steps_per_epoch)
+        order = epoch_order(self.seed, epoch, len(self.source))
+        index = order[position * self.batch_size :][: self.batch_size][self.share]
+        image, label = self.source.read(index)
+        return {"image": image, "label": label, "index": index}
+
+
+@dataclass
+class EvalBatches:
+    """A split once from its beginning to its end.
+
+    A batch is "image", uint8 [n, H, W, C], "label", int32 [n], and "mask", bool [n], which
+    is False for the examples that fill up the last batch.
+
+    Attributes:
+      source: the split.
+      batch_size: examples a batch.
+      share: those of a batch that this host reads.
+    """
+
+    source: Source
+    batch_size: int
+    share: slice
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __getitem__(self, i: int) -> Arrays:
+        index = (i * self.batch_size + np.arange(self.batch_size))[self.share]
+        mask = index < len(self.source)
+        image, label = self.source.read(np.minimum(index, len(self.source) - 1))
+        return {"image": image, "label": label, "mask": mask}
+
+
+def stream(batches: TrainBatches | EvalBatches, workers: int) -> Iterator[Arrays]:
+    """Every batch in turn, read ahead by that many processes of Grain; by this one if 0."""
+    import grain  # half a second, for streaming alone
+
+    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also outside of programs
+        flags.FLAGS.mark_as_parsed()
+    dataset: Any = grain.MapDataset.source(batches).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    )
+    if workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iter(dataset)

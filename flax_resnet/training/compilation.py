@@ -1,0 +1,17 @@
+"""JAX's cache of compiled programs, on by default."""
+
+import jax
+import platformdirs
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep what it compiles in the user's cache folder, where nothing else is set.
+
+    Set JAX_COMPILATION_CACHE_DIR for another folder, or JAX_ENABLE_COMPILATION_CACHE=false
+    for none.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = platformdirs.user_cache_path("flax_resnet") / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # A start has a dozen small programs, which together take seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,249 @@
+"""How a run's steps come by their examples: from the devices' memory, or from disk.
+
+Both run the same step on the same batches. What fits lies on every device as uint8, and
+there GPU and TPU take many steps a call; XLA:CPU is slow in loops, and takes them one by
+one. What does not fit is read ahead by processes of Grain, each host its share.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_resnet.data import (
+    Dataset,
+    EvalBatches,
+    Source,
+    TrainBatches,
+    channel_statistics,
+    epoch_order,
+    load_dataset,
+    stream,
+)
+from flax_resnet.errors import InputError
+from flax_resnet.training import programs
+from flax_resnet.training.config import Config
+from flax_resnet.training.programs import Statistics, Step
+from flax_resnet.training.steps import Batch, Metrics, TrainState
+
+# Enough that the time between two calls does not count, few enough to show and to stop.
+_STEPS_A_CALL = 64
+# The rest of the memory is for activations, gradients and the optimizer.
+_SHARE_OF_MEMORY = 0.25
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Compiled training and evaluation on the examples of a run.
+
+    Attributes:
+      advance: (state, step, count) -> (state, metrics), for the steps from `step` on;
+        count is 1, or `steps_a_call` if the epoch has so many left. Metrics are float32 []
+        or [count].
+      steps_a_call: see `advance`.
+      evaluate: state -> mean "loss" and "accuracy" over the test split.
+    """
+
+    advance: Callable[[TrainState, int, int], tuple[TrainState, Metrics]]
+    steps_a_call: int
+    evaluate: Callable[[TrainState], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits of a run, of one kind both.
+
+    Attributes:
+      train, test: in memory, or on disk.
+      statistics: mean and std of the training images' channels.
+    """
+
+    train: Dataset | Source
+    test: Dataset | Source
+    statistics: Statistics
+
+
+def open_data(config: Config, mesh: Mesh) -> Data:
+    """Loads the splits of a run, or only opens them where they do not fit.
+
+    Raises:
+      InputError: if they cannot be read, or are to be streamed and cannot.
+    """
+    train, test = (
+        Source(config.dataset, split, config.data_dir)
+        for split in (config.train_split, config.eval_split)
+    )
+    resident = config.data_feed == "resident"
+    if config.data_feed == "auto":
+        resident = (
+            not train.can_be_streamed
+            or train.nbytes + test.nbytes <= _SHARE_OF_MEMORY * _memory(mesh)
+        )
+    if resident:
+        train, test = (
+            load_dataset(config.dataset, split, config.data_dir)
+            for split in (config.train_split, config.eval_split)
+        )
+        chunks = np.array_split(train.images, max(1, len(train) // 1024))
+        return Data(train, test, channel_statistics(chunks))
+    if not train.can_be_streamed:
+        raise InputError(
+            f"{config.dataset} cannot be streamed from TFRecord files: prepare it with "
+            "file_format='array_record', or set --config.data_feed=resident"
+        )
+    batches = EvalBatches(train, config.eval_batch_size, slice(None))
+    with contextlib.closing(stream(batches, config.stream_workers)) as read:
+        return Data(train, test, channel_statistics(b["image"][b["mask"]] for b in read))
+
+
+def _memory(mesh: Mesh) -> int:
+    """Bytes of a device's memory, or of the host's where that is what the device has."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit", host)
+
+
+def open_feed(
+    config: Config,
+    mesh: Mesh,
+    data: Data,
+    step: Step,
+    eval_step: Callable[..., Metrics],
+    state: TrainState,
+    *,
+    steps: range,
+) -> contextlib.AbstractContextManager[Feed]:
+    """Compiles the programs of a run and opens its data for the steps still to be done."""
+    open_kind = _resident if isinstance(data.train, Dataset) else _streamed
+    return open_kind(config, mesh, data, step, eval_step, state, steps)
+
+
+@contextlib.contextmanager
+def _resident(config, mesh, data, step, eval_step, state, steps) -> Iterator[Feed]:
+    everywhere, divided = programs.replicated(mesh), programs.by_example(mesh)
+    train, test = (
+        {
+            "image": _put_everywhere(split.images, mesh),
+            "label": _put_everywhere(split.labels, mesh),
+        }
+        for split in (data.train, data.test)
+    )
+    steps_per_epoch = len(data.train) // config.batch_size
+    eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
+    order = _put_everywhere(epoch_order(config.seed, 0, len(data.train)), mesh)
+    zero = jnp.int32(0)
+
+    pick = programs.make_pick(mesh, config.batch_size)
+    pick_one = jax.jit(pick, out_shardings=divided).lower(train, order, zero).compile()
+    pick_eval = programs.make_pick_eval(mesh, eval_batch_size)
+    pick_eval = jax.jit(pick_eval, out_shardings=divided).lower(test, zero).compile()
+    one_step, eval_step = _compile(
+        mesh, step, eval_step, state, pick_one(train, order, zero), pick_eval(test, zero)
+    )
+    many_steps = None
+    if mesh.devices.flat[0].platform != "cpu":
+        program = programs.make_train_steps(
+            step, pick, steps_per_epoch=steps_per_epoch, steps=_STEPS_A_CALL
+        )
+        program = jax.jit(program, donate_argnums=0, out_shardings=everywhere)
+        many_steps = program.lower(state, train, order).compile()
+    order_of = -1
+
+    def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
+        nonlocal order, order_of
+        epoch, position = divmod(step, steps_per_epoch)
+        if epoch != order_of:
+            order = _put_everywhere(epoch_order(config.seed, epoch, len(data.train)), mesh)
+            order_of = epoch
+        if count > 1 and many_steps is not None:
+            return many_steps(state, train, order)
+        return one_step(state, pick_one(train, order, np.int32(position)))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        starts = range(0, len(data.test), eval_batch_size)
+        return _mean(eval_step(state, pick_eval(test, np.int32(start))) for start in starts)
+
+    yield Feed(advance, _STEPS_A_CALL if many_steps is not None else 1, evaluate)
+
+
+@contextlib.contextmanager
+def _streamed(config, mesh, data, step, eval_step, state, steps) -> Iterator[Feed]:
+    eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
+    train = TrainBatches(
+        data.train,
+        config.seed,
+        config.batch_size,
+        _share(mesh, config.batch_size),
+        steps.start,
+        steps.stop,
+    )
+    test = EvalBatches(data.test, eval_batch_size, _share(mesh, eval_batch_size))
+    one_step, eval_step = _compile(
+        mesh, step, eval_step, state, _put_share(train[0], mesh), _put_share(test[0], mesh)
+    )
+
+    with contextlib.closing(stream(train, config.stream_workers)) as batches:
+        # The next batch is on its way to the device while a step runs.
+        ahead = _put_share(next(batches), mesh)
+        next_step = steps.start
+
+        def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
+            nonlocal ahead, next_step
+            assert (step, count) == (next_step, 1)
+            state, metrics = one_step(state, ahead)
+            next_step += 1
+            if next_step < steps.stop:
+                ahead = _put_share(next(batches), mesh)
+            return state, metrics
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            with contextlib.closing(stream(test, config.stream_workers)) as batches:
+                return _mean(eval_step(state, _put_share(batch, mesh)) for batch in batches)
+
+        yield Feed(advance, 1, evaluate)
+
+
+def _compile(mesh: Mesh, step, eval_step, state: TrainState, batch: Batch, eval_batch: Batch):
+    everywhere = programs.replicated(mesh)
+    train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    evaluate = jax.jit(eval_step, out_shardings=everywhere)
+    return train.lower(state, batch).compile(), evaluate.lower(state, eval_batch).compile()
+
+
+def _mean(sums: Iterable[Metrics]) -> dict[str, float]:
+    """Means over all examples that count, of the sums of every batch."""
+    all_sums = jax.device_get(list(sums))
+    count = sum(int(s["count"]) for s in all_sums)
+    return {
+        "loss": sum(float(s["loss"]) for s in all_sums) / count,
+        "accuracy": sum(int(s["correct"]) for s in all_sums) / count,
+    }
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return math.ceil(size / multiple) * multiple
+
+
+# Arrays over the devices of all hosts, from what this host has.
+
+
+def _put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    sharding = programs.replicated(mesh)
+    return jax.make_array_from_process_local_data(sharding, array, array.shape)
+
+
+def _share(mesh: Mesh, batch_size: int) -> slice:
+    """The examples of a batch that this host's devices take."""
+    slices = programs.by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges = [slice_.indices(batch_size) for (slice_,) in slices]
+    return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
+
+
+def _put_share(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
+    return jax.make_array_from_process_local_data(programs.by_example(mesh), batch)
