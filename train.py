@@ -4,8 +4,12 @@
 
 Every key of the config can be set, e.g. --config.batch_size=256. Exits with 2 and one
 line on standard error where the input cannot be used.
+
+On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
+Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
 """
 
+import os
 import re
 import sys
 import time
@@ -21,10 +25,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a fresh one in runs/, named after the recipe, if not set."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes, for all to meet."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(arguments: list[str]) -> None:
-    from flax_resnet import InputError, train  # after the flags: --help answers at once
+    # After the flags: --help answers at once.
+    from flax_resnet import InputError, train
+    from flax_resnet.training.hosts import connect
 
     if len(arguments) > 1:
         fail(f"what is {arguments[1]!r}? Options begin with --")
@@ -32,6 +43,9 @@ def main(arguments: list[str]) -> None:
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
+        processes = connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if processes > 1 and _WORKDIR.value is None:
+            fail("several processes need a --workdir that all of them see")
         train(_CONFIG.value, workdir)
     except InputError as error:
         fail(error)
@@ -61,5 +75,18 @@ def fail(error: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def use_huge_pages() -> None:
+    """Starts this program again with glibc's malloc asking Linux for huge pages.
+
+    XLA:CPU allocates gigabytes anew at every step, and a fault for every 4 KiB of them
+    took a quarter of the time (docs/performance.md). glibc reads the setting at the start
+    of a process only; other C libraries ignore it.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main, flags_parser=parse_flags)

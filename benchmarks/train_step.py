@@ -4,10 +4,10 @@
 
 Both train on one batch that stays on the device: forward, backward and SGD with momentum
 and weight decay; float32 on a CPU, bfloat16 compute on a GPU. Each PyTorch variant first
-runs alone for a while, with memory kept where that applies; the fastest is "PyTorch
-best". Then ours and it take turns, each in a process of its own, with the allocator's
-default settings and with those of `flax_resnet.training.memory` on both sides ("kept",
-CPU only). Figures are medians over the rounds.
+runs alone for a while, with huge pages on a CPU; the fastest is "PyTorch best". Then ours
+and it take turns, each in a process of its own, on a CPU with the allocator's default
+settings and with the huge pages that train.py asks for, on both sides. Figures are medians
+over the rounds, the ratio is that of neighbours in time.
 
 GFLOP/s count the multiplications and additions of convolutions and fc, as
 torch.utils.flop_counter does; "of matmul" is their share of the rate of a large matrix
@@ -16,6 +16,7 @@ product measured in the same rounds.
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -109,12 +110,8 @@ def prepare_matmul(size: int) -> Callable[[int], None]:
     return run
 
 
-def work(connection: Connection, keep: bool, prepare: Callable, arguments: tuple) -> None:
+def work(connection: Connection, prepare: Callable, arguments: tuple) -> None:
     """A process that runs as many steps as it is told to and answers with the seconds."""
-    if keep:
-        from flax_resnet.training.memory import keep_memory
-
-        keep_memory()
     run = prepare(*arguments)
     run(3)
     while steps := connection.recv():
@@ -126,10 +123,12 @@ def work(connection: Connection, keep: bool, prepare: Callable, arguments: tuple
 class Worker:
     """A process with one thing to time; about `seconds` of it at a time."""
 
-    def __init__(self, prepare: Callable, *arguments, keep: bool, seconds: float = 3.0):
+    def __init__(self, prepare: Callable, *arguments, huge_pages: bool, seconds: float = 3.0):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, keep, prepare, arguments))
+        self.process = context.Process(target=work, args=(other, prepare, arguments))
+        # glibc reads it when the process starts.
+        os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={int(huge_pages)}"
         self.process.start()
         other.close()
         self.steps = 2
@@ -144,11 +143,11 @@ class Worker:
         self.process.join()
 
 
-def best_variant(net: str, batch_size: int, keep: bool) -> str:
+def best_variant(net: str, batch_size: int, huge_pages: bool) -> str:
     """The PyTorch variant with the shortest step."""
     seconds = {}
     for variant in VARIANTS:
-        worker = Worker(prepare_torch, net, batch_size, variant, keep=keep)
+        worker = Worker(prepare_torch, net, batch_size, variant, huge_pages=huge_pages)
         seconds[variant] = statistics.median(worker.seconds_per_step() for _ in range(3))
         worker.stop()
         print(f"{net} {variant}: {batch_size / seconds[variant]:.0f} images/s", file=sys.stderr)
@@ -170,13 +169,13 @@ def flops(net: str) -> int:
 
 def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
     """Prints a line of the table for each setting of the allocator."""
-    best = best_variant(net, batch_size, keep=not on_gpu)
+    best = best_variant(net, batch_size, huge_pages=not on_gpu)
     product_flops = 2 * (size := 8192 if on_gpu else 2048) ** 3
-    matmul = Worker(prepare_matmul, size, keep=False, seconds=1.0)
+    matmul = Worker(prepare_matmul, size, huge_pages=False, seconds=1.0)
     settings = (False,) if on_gpu else (False, True)
     workers = {
-        (side, keep): Worker(prepare, net, batch_size, *arguments, keep=keep)
-        for keep in settings
+        (side, huge): Worker(prepare, net, batch_size, *arguments, huge_pages=huge)
+        for huge in settings
         for side, prepare, arguments in (
             ("ours", prepare_ours, ()),
             ("torch", prepare_torch, (best,)),
@@ -192,13 +191,14 @@ def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
         worker.stop()
 
     matmul_rate = product_flops / statistics.median(product_seconds)
-    for keep in settings:
-        ours, torch = (statistics.median(seconds[side, keep]) for side in ("ours", "torch"))
-        ratios = [t / o for o, t in zip(seconds["ours", keep], seconds["torch", keep], strict=True)]
+    for huge in settings:
+        ours, torch = (statistics.median(seconds[side, huge]) for side in ("ours", "torch"))
+        ratios = [t / o for o, t in zip(seconds["ours", huge], seconds["torch", huge], strict=True)]
         rate = flops(net) * batch_size / ours
         print(
-            f"| {net} | {batch_size} | {'kept' if keep else 'default'} | {batch_size / ours:.0f} "
-            f"| {batch_size / torch:.0f} ({best}) | {statistics.median(ratios):.2f} "
+            f"| {net} | {batch_size} | {'huge pages' if huge else 'default'} "
+            f"| {batch_size / ours:.0f} | {batch_size / torch:.0f} ({best}) "
+            f"| {statistics.median(ratios):.2f} "
             f"| {rate / 1e9:.0f} | {rate / matmul_rate:.0%} of {matmul_rate / 1e9:.0f} |",
             flush=True,
         )

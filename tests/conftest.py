@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and a folder of digits that TFDS prepared."""
 
 import os
+import shutil
 
 # Before TFDS is imported: the user's own data sets are not the tests' business.
 os.environ.pop("TFDS_DATA_DIR", None)
@@ -34,4 +35,12 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("digits")
     load_dataset("digits", "all", str(folder))
+    return folder
+
+
+@pytest.fixture
+def own_digits(digits_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the digits folder without its cache."""
+    folder = tmp_path / "tfds"
+    shutil.copytree(digits_dir / "digits" / "1.0.0", folder / "digits" / "1.0.0")
     return folder

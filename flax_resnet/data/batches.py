@@ -3,13 +3,15 @@
 What a batch holds depends on (seed, step) alone, however it is read and by how many hosts.
 """
 
+import contextlib
 import functools
-from collections.abc import Iterator
+import gc
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from flax_resnet.data.datasets import Source
 
@@ -86,17 +88,34 @@ class EvalBatches:
         return {"image": image, "label": label, "mask": mask}
 
 
-def stream(batches: TrainBatches | EvalBatches, workers: int) -> Iterator[Arrays]:
-    """Every batch in turn, read ahead by that many processes of Grain; by this one if 0."""
+def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays]:
+    """Every batch in turn, read ahead by that many processes of Grain; by this one if 0.
+
+    Close it, or read it to its end, for the processes to end.
+    """
+    try:
+        yield from _read(batches, workers)
+    finally:
+        gc.collect()  # Grain leaves the last batch in a cycle, and the memory that it shares
+
+
+def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays]:
     import grain  # half a second, for streaming alone
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also outside of programs
         flags.FLAGS.mark_as_parsed()
-    dataset: Any = grain.MapDataset.source(batches).to_iter_dataset(
+    source: Any = batches  # Grain asks for more than the two methods that it uses
+    dataset: Any = grain.MapDataset.source(source).to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     )
     if workers:
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        )
-    return iter(dataset)
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_quietly)
+    with contextlib.closing(iter(dataset)) as read:
+        for batch in read:
+            # Out of the memory that the processes share: JAX lets go of arrays late.
+            yield {name: np.array(array) for name, array in batch.items()}
+
+
+def _begin_quietly(worker: int, workers: int) -> None:
+    logging.set_verbosity(logging.ERROR)  # as the program that started this process

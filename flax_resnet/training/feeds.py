@@ -6,13 +6,14 @@ one. What does not fit is read ahead by processes of Grain, each host its share.
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,7 +30,7 @@ from flax_resnet.data import (
 from flax_resnet.errors import InputError
 from flax_resnet.training import programs
 from flax_resnet.training.config import Config
-from flax_resnet.training.programs import Statistics, Step
+from flax_resnet.training.programs import EvalStep, Statistics, Step
 from flax_resnet.training.steps import Batch, Metrics, TrainState
 
 # Enough that the time between two calls does not count, few enough to show and to stop.
@@ -114,76 +115,94 @@ def open_feed(
     mesh: Mesh,
     data: Data,
     step: Step,
-    eval_step: Callable[..., Metrics],
+    eval_step: EvalStep,
     state: TrainState,
-    *,
     steps: range,
 ) -> contextlib.AbstractContextManager[Feed]:
     """Compiles the programs of a run and opens its data for the steps still to be done."""
-    open_kind = _resident if isinstance(data.train, Dataset) else _streamed
-    return open_kind(config, mesh, data, step, eval_step, state, steps)
+    train, test = data.train, data.test
+    if isinstance(train, Dataset) and isinstance(test, Dataset):
+        return _resident(config, mesh, train, test, step, eval_step, state)
+    assert isinstance(train, Source)
+    assert isinstance(test, Source)
+    return _streamed(config, mesh, train, test, step, eval_step, state, steps)
 
 
 @contextlib.contextmanager
-def _resident(config, mesh, data, step, eval_step, state, steps) -> Iterator[Feed]:
+def _resident(
+    config: Config,
+    mesh: Mesh,
+    train_set: Dataset,
+    test_set: Dataset,
+    step: Step,
+    eval_step: EvalStep,
+    state: TrainState,
+) -> Iterator[Feed]:
     everywhere, divided = programs.replicated(mesh), programs.by_example(mesh)
     train, test = (
         {
             "image": _put_everywhere(split.images, mesh),
             "label": _put_everywhere(split.labels, mesh),
         }
-        for split in (data.train, data.test)
+        for split in (train_set, test_set)
     )
-    steps_per_epoch = len(data.train) // config.batch_size
+    steps_per_epoch = len(train_set) // config.batch_size
     eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
-    order = _put_everywhere(epoch_order(config.seed, 0, len(data.train)), mesh)
-    zero = jnp.int32(0)
+    zero = np.int32(0)
+
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> jax.Array:
+        return _put_everywhere(epoch_order(config.seed, epoch, len(train_set)), mesh)
 
     pick = programs.make_pick(mesh, config.batch_size)
-    pick_one = jax.jit(pick, out_shardings=divided).lower(train, order, zero).compile()
+    pick_one = jax.jit(pick, out_shardings=divided).lower(train, order(0), zero).compile()
     pick_eval = programs.make_pick_eval(mesh, eval_batch_size)
     pick_eval = jax.jit(pick_eval, out_shardings=divided).lower(test, zero).compile()
     one_step, eval_step = _compile(
-        mesh, step, eval_step, state, pick_one(train, order, zero), pick_eval(test, zero)
+        mesh, step, eval_step, state, pick_one(train, order(0), zero), pick_eval(test, zero)
     )
     many_steps = None
-    if mesh.devices.flat[0].platform != "cpu":
+    if mesh.devices.flat[0].platform != "cpu" and steps_per_epoch >= _STEPS_A_CALL:
         program = programs.make_train_steps(
             step, pick, steps_per_epoch=steps_per_epoch, steps=_STEPS_A_CALL
         )
         program = jax.jit(program, donate_argnums=0, out_shardings=everywhere)
-        many_steps = program.lower(state, train, order).compile()
-    order_of = -1
+        many_steps = program.lower(state, train, order(0)).compile()
 
     def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
-        nonlocal order, order_of
         epoch, position = divmod(step, steps_per_epoch)
-        if epoch != order_of:
-            order = _put_everywhere(epoch_order(config.seed, epoch, len(data.train)), mesh)
-            order_of = epoch
         if count > 1 and many_steps is not None:
-            return many_steps(state, train, order)
-        return one_step(state, pick_one(train, order, np.int32(position)))
+            return many_steps(state, train, order(epoch))
+        return one_step(state, pick_one(train, order(epoch), np.int32(position)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        starts = range(0, len(data.test), eval_batch_size)
+        starts = range(0, len(test_set), eval_batch_size)
         return _mean(eval_step(state, pick_eval(test, np.int32(start))) for start in starts)
 
     yield Feed(advance, _STEPS_A_CALL if many_steps is not None else 1, evaluate)
 
 
 @contextlib.contextmanager
-def _streamed(config, mesh, data, step, eval_step, state, steps) -> Iterator[Feed]:
+def _streamed(
+    config: Config,
+    mesh: Mesh,
+    train_set: Source,
+    test_set: Source,
+    step: Step,
+    eval_step: EvalStep,
+    state: TrainState,
+    steps: range,
+) -> Iterator[Feed]:
     eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
     train = TrainBatches(
-        data.train,
+        train_set,
         config.seed,
         config.batch_size,
         _share(mesh, config.batch_size),
         steps.start,
         steps.stop,
     )
-    test = EvalBatches(data.test, eval_batch_size, _share(mesh, eval_batch_size))
+    test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size))
     one_step, eval_step = _compile(
         mesh, step, eval_step, state, _put_share(train[0], mesh), _put_share(test[0], mesh)
     )
@@ -209,11 +228,15 @@ def _streamed(config, mesh, data, step, eval_step, state, steps) -> Iterator[Fee
         yield Feed(advance, 1, evaluate)
 
 
-def _compile(mesh: Mesh, step, eval_step, state: TrainState, batch: Batch, eval_batch: Batch):
+def _compile(
+    mesh: Mesh, step: Step, eval_step: EvalStep, state: TrainState, batch: Batch, eval_batch: Batch
+) -> tuple[jax.stages.Compiled, ...]:
     everywhere = programs.replicated(mesh)
     train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     evaluate = jax.jit(eval_step, out_shardings=everywhere)
-    return train.lower(state, batch).compile(), evaluate.lower(state, eval_batch).compile()
+    lowered = [train.lower(state, batch), evaluate.lower(state, eval_batch)]
+    with ThreadPoolExecutor() as threads:
+        return tuple(threads.map(jax.stages.Lowered.compile, lowered))
 
 
 def _mean(sums: Iterable[Metrics]) -> dict[str, float]:
@@ -240,8 +263,8 @@ def _put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def _share(mesh: Mesh, batch_size: int) -> slice:
     """The examples of a batch that this host's devices take."""
-    slices = programs.by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
-    ranges = [slice_.indices(batch_size) for (slice_,) in slices]
+    indices = programs.by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
+    ranges = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tensorboard.summary
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,6 +22,7 @@ from flax_resnet.training.checkpoint import open_checkpoints, restore_newest, sa
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
+from flax_resnet.training.hosts import first_host_first
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
 from flax_resnet.training.progress import Progress, say
 from flax_resnet.training.steps import Metrics, TrainState, create_state
@@ -52,7 +53,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     files.check_workdir(workdir, checked)
     keep_compiled_programs()
     mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
-    data = open_data(checked, mesh)
+    data = first_host_first("data", partial(open_data, checked, mesh))
     run = _plan(checked, data)
     model = programs.build_model(checked, len(data.train.class_names), mesh)
     optimizer = sgd(checked, run.learning_rate)
@@ -90,9 +91,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         eval_step = programs.make_eval_step(model, statistics=data.statistics)
         to_do = range(done_steps, run.total_steps)
-        feed = stack.enter_context(
-            open_feed(checked, mesh, data, step, eval_step, state, steps=to_do)
-        )
+        feed = stack.enter_context(open_feed(checked, mesh, data, step, eval_step, state, to_do))
         say(f"compiled in {time.perf_counter() - started:.1f} s")
 
         writer = None
@@ -120,7 +119,7 @@ class _Run:
     config: Config
     steps_per_epoch: int
     total_steps: int
-    learning_rate: Callable[[int], jax.Array | float]
+    learning_rate: optax.Schedule
 
     @property
     def num_epochs(self) -> int:

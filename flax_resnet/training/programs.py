@@ -22,6 +22,7 @@ from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, tr
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
 def make_mesh(
@@ -113,7 +114,7 @@ def make_train_step(
     return step
 
 
-def make_eval_step(model: ResNet, *, statistics: Statistics) -> Callable[..., Metrics]:
+def make_eval_step(model: ResNet, *, statistics: Statistics) -> EvalStep:
     """(state, batch) -> sums over a batch of "image", uint8, "label" and "mask"."""
 
     def step(state, batch):

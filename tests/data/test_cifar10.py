@@ -35,6 +35,6 @@ def test_cifar10_that_tfds_prepared(tmp_path):
         # Pictures that stand in it twice may have two labels, in either order.
         assert (ours.labels[orders[0]] == labels[orders[1]]).mean() > 0.999
         np.testing.assert_array_equal(np.bincount(ours.labels), np.bincount(labels))
-        mean, std = channel_statistics(ours.images)
+        mean, std = channel_statistics([ours.images])
         np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-9)
         np.testing.assert_allclose(std, images.std((0, 1, 2)) / 255, rtol=1e-9)

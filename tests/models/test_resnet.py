@@ -13,9 +13,10 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
+from flax_resnet.models.resnet import BatchNorm
 
 # torchvision's documentation (resnet18 ... 152), He et al. table 6 (0.27 M, 0.46 M, 0.66 M,
-# 0.85 M, 1.7 M), and arithmetic on the layers for the others.
+# 0.85 M, 1.7 M, 19.4 M), and arithmetic on the layers for the others.
 PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
@@ -33,6 +34,7 @@ PARAMETERS = {
     "cifar_resnet44": 658_586,
     "cifar_resnet56": 853_018,
     "cifar_resnet110": 1_727_962,
+    "cifar_resnet1202": 19_421_274,
     "lab10_resnet50": 1_484_186,
 }
 
@@ -153,6 +155,57 @@ def test_statistics_move_in_training_only(rng):
     _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
     for path, value in flatten_dict(updates["batch_stats"]).items():
         assert (np.asarray(value) != int(path[-1] == "var")).all(), path
+
+
+@pytest.mark.parametrize("block", [fr.BasicBlock, fr.Bottleneck])
+def test_scanned_blocks_are_the_same_blocks(block, rng):
+    build = partial(fr.ResNet, block, (3, 1, 2), widths=(4, 8, 8), strides=(1, 2, 1))
+    x = jnp.asarray(rng.normal(size=(4, 32, 32, 3)), jnp.float32)
+    key = jax.random.key(0)
+    results = []
+    for scan_blocks in (False, True):
+        model = build(num_classes=5, scan_blocks=scan_blocks)
+        variables = jax.jit(partial(model.init, train=False))(key, x)
+
+        def loss_fn(params, model=model, variables=variables):
+            logits, updates = model.apply(
+                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(logits)), (logits, updates)
+
+        gradient, result = jax.jit(jax.grad(loss_fn, has_aux=True))(variables["params"])
+        logits = jax.jit(partial(model.apply, train=False))(variables, x)
+        results.append((variables, gradient, result, logits))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_blocks_do_not_grow_the_program():
+    def size(blocks, scan_blocks):
+        model = fr.ResNet(fr.BasicBlock, (blocks,) * 4, cifar_stem=True, scan_blocks=scan_blocks)
+        apply = partial(model.apply, train=False)
+        x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        text = jax.jit(apply).lower(init_shapes(model), x).as_text()
+        return text.count("stablehlo.maximum")
+
+    assert size(9, False) > 2 * size(4, False)
+    assert size(9, True) == size(4, True)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_every_split_of_a_batch_is_normalised_by_itself(splits, rng):
+    x = rng.normal(1.0, 2.0, size=(6, 4, 3, 5)).astype(np.float32)
+    norm = BatchNorm(train=True, splits=splits)
+    variables = BatchNorm(train=False).init(jax.random.key(0), x)
+    y, updates = norm.apply(variables, x, mutable=["batch_stats"])
+    running: Any = updates["batch_stats"]
+    parts = np.split(np.float64(x), splits)
+    means, variances = (np.stack([f(p, axis=(0, 1, 2)) for p in parts]) for f in (np.mean, np.var))
+    expected = [
+        (p - m) / np.sqrt(v + 1e-5) for p, m, v in zip(parts, means, variances, strict=True)
+    ]
+    np.testing.assert_allclose(y, np.concatenate(expected), atol=1e-5)
+    np.testing.assert_allclose(running["mean"], 0.1 * means.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(running["var"], 0.9 + 0.1 * variances.mean(0), rtol=1e-5)
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_variables(rng):

@@ -3,6 +3,7 @@
 import io
 import sys
 
+import numpy as np
 import pytest
 
 from flax_resnet.training import progress
@@ -16,7 +17,7 @@ class Terminal(io.StringIO):
 def run(images=10):
     with progress.Progress(3, 300, 100) as shown:
         for _ in range(images):
-            shown.step(2, 10, loss=0.5, accuracy=0.25)
+            shown.step(2, 10, np.array([0.4, 0.6]), np.array([0.5, 0.0]))
         progress.say("a line")
         return shown.time_left()
 
@@ -38,7 +39,7 @@ def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with progress.Progress(3, 300, 100) as shown:
         now = 20.0
-        shown.step(2, 50, loss=0.5, accuracy=0.25)
+        shown.step(2, 50, np.array([0.5]), np.array([0.25]))
         assert shown.time_left() == "01:00"
 
 

@@ -1,5 +1,6 @@
 """A training step and an evaluation, on one device and on several."""
 
+import contextlib
 from functools import partial
 
 import chex
@@ -10,9 +11,10 @@ import optax
 import pytest
 
 import flax_resnet as fr
-from flax_resnet.data import Dataset, channel_statistics
+from flax_resnet.data import Dataset, channel_statistics, epoch_order
 from flax_resnet.training import create_state, eval_step, programs, sgd, train_step
 from flax_resnet.training.config import Config
+from flax_resnet.training.feeds import Data, open_feed
 
 # Small, so that it compiles fast: a block that keeps the shape and one that changes it.
 MODEL = fr.ResNet(
@@ -99,77 +101,155 @@ def test_eval_step_counts_what_the_mask_says(rng):
     assert sums["count"] == 3
 
 
-def run_program(config, dataset, devices, steps):
-    """Trains for some steps on the first devices; returns state and losses."""
-    mesh = programs.make_mesh(config.batch_size, jax.devices()[:devices])
+@contextlib.contextmanager
+def feed_of(config, dataset, devices, test_set=None, bn_splits=1):
+    """(feed, state) of a run on the first devices."""
+    mesh = programs.make_mesh(config.batch_size, config.accumulation_steps, jax.devices()[:devices])
     optimizer = sgd(config, optax.constant_schedule(config.learning_rate))
-    data = programs.put_dataset(dataset, mesh)
-    steps_per_epoch = len(dataset) // config.batch_size
-    program = programs.make_train_program(
-        config,
-        MODEL,
-        optimizer,
-        mesh,
-        statistics=channel_statistics(dataset.images),
-        steps_per_epoch=steps_per_epoch,
-    )
+    model = MODEL.clone(bn_splits=bn_splits)
+    data = Data(dataset, test_set or dataset, channel_statistics([dataset.images]))
     state = jax.device_put(make_state(optimizer), programs.replicated(mesh))
-    _, order_key, _ = programs.random_keys(config.seed)
+    step = programs.make_train_step(
+        config,
+        model,
+        optimizer,
+        statistics=data.statistics,
+        steps_per_epoch=len(dataset) // config.batch_size,
+    )
+    eval_step = programs.make_eval_step(model, statistics=data.statistics)
+    with open_feed(config, mesh, data, step, eval_step, state, range(1000)) as feed:
+        yield feed, state
+
+
+def run_steps(config, dataset, devices, steps, bn_splits=1):
+    """Trains for some steps; returns state and losses."""
     losses = []
-    for step in range(steps):
-        order = programs.epoch_order(order_key, step // steps_per_epoch, len(dataset))
-        state, metrics = program(state, data, jax.device_put(order, programs.replicated(mesh)))
-        losses.append(float(metrics["loss"]))
+    with feed_of(config, dataset, devices, bn_splits=bn_splits) as (feed, state):
+        for step in range(steps):
+            state, metrics = feed.advance(state, step, 1)
+            losses.append(float(metrics["loss"]))
     return state, losses
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_several_devices_train_like_one(rng, devices):
-    config = Config(batch_size=16, learning_rate=0.05)
-    dataset = random_dataset(rng)
-    one, losses = run_program(config, dataset, 1, steps=6)
-    several, several_losses = run_program(config, dataset, devices, steps=6)
+@pytest.mark.parametrize(
+    ("devices", "accumulation_steps", "bn_splits"), [(2, 1, 1), (8, 1, 1), (8, 2, 1), (8, 1, 8)]
+)
+def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_splits):
+    config = Config(batch_size=32, learning_rate=0.02, accumulation_steps=accumulation_steps)
+    dataset = random_dataset(rng, count=100)
+    one, losses = run_steps(config, dataset, 1, 20, bn_splits)
+    several, several_losses = run_steps(config, dataset, devices, 20, bn_splits)
     assert len(several.step.sharding.device_set) == devices
     np.testing.assert_allclose(several_losses, losses, rtol=1e-4)
     chex.assert_trees_all_close(several.params, one.params, rtol=1e-3, atol=1e-4)
     chex.assert_trees_all_close(several.batch_stats, one.batch_stats, rtol=1e-3, atol=1e-4)
 
 
+def test_per_replica_statistics_cross_no_devices():
+    """What is left to sum over devices are the gradients, once a step, and the metrics."""
+    mesh, optimizer = programs.make_mesh(16), optax.sgd(0.1)
+    everywhere = programs.replicated(mesh)
+    state = jax.device_put(make_state(optimizer), everywhere)
+    batch = {
+        "image": np.zeros((16, 8, 8, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "index": np.arange(16, dtype=np.int32),
+    }
+    batch = jax.device_put(batch, programs.by_example(mesh))
+    texts = []
+    for bn_splits in (1, 8):
+        step = programs.make_train_step(
+            Config(),
+            MODEL.clone(bn_splits=bn_splits),
+            optimizer,
+            statistics=((0.5,) * 3, (0.2,) * 3),
+            steps_per_epoch=1,
+        )
+        program = jax.jit(step, out_shardings=everywhere).lower(state, batch).compile()
+        texts.append(program.as_text())
+    of_all, of_each = (text.count(" all-reduce(") for text in texts)
+    assert 0 < of_each < of_all
+
+
+def test_accumulation_is_the_mean_over_the_parts(rng):
+    """Against the same arithmetic by hand: parts i::k, one after the other."""
+    optimizer = optax.sgd(0.1)
+    state = make_state(optimizer)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(12, 8, 8, 3)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, 12), jnp.int32),
+    }
+    step = partial(train_step, model=MODEL, optimizer=optimizer)
+    accumulated, metrics = jax.jit(partial(step, accumulation_steps=3))(state, batch)
+
+    one, states, losses = jax.jit(step), [], []
+    batch_stats = state.batch_stats
+    for i in range(3):
+        part = {name: values[i::3] for name, values in batch.items()}
+        after, result = one(state.replace(batch_stats=batch_stats), part)
+        batch_stats = after.batch_stats
+        states.append(after.params)
+        losses.append(float(result["loss"]))
+    mean = jax.tree.map(lambda *p: sum(p) / 3, *states)  # SGD is linear in the gradient
+    chex.assert_trees_all_close(accumulated.params, mean, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(accumulated.batch_stats, batch_stats, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    assert accumulated.step == 1
+
+
+def test_many_steps_a_call_are_the_same_steps(rng):
+    config = Config(batch_size=16, learning_rate=0.02)
+    dataset = random_dataset(rng, count=100)
+    one, losses = run_steps(config, dataset, 2, steps=6)
+
+    mesh = programs.make_mesh(16, devices=jax.devices()[:2])
+    optimizer = sgd(config, optax.constant_schedule(config.learning_rate))
+    statistics = channel_statistics([dataset.images])
+    step = programs.make_train_step(
+        config, MODEL, optimizer, statistics=statistics, steps_per_epoch=6
+    )
+    program = programs.make_train_steps(
+        step, programs.make_pick(mesh, 16), steps_per_epoch=6, steps=3
+    )
+    everywhere = programs.replicated(mesh)
+    program = jax.jit(program, out_shardings=everywhere)
+    data = {"image": dataset.images, "label": dataset.labels}
+    state, data, order = jax.device_put(
+        (make_state(optimizer), data, epoch_order(config.seed, 0, 100)), everywhere
+    )
+    state, first = program(state, data, order)
+    state, second = program(state, data, order)
+    np.testing.assert_allclose([*first["loss"], *second["loss"]], losses, rtol=1e-4)
+    chex.assert_trees_all_close(state, one, rtol=1e-3, atol=1e-4)
+
+
 def test_two_runs_are_the_same_to_the_bit(rng):
     dataset = random_dataset(rng)
-    first, losses = run_program(Config(batch_size=16), dataset, 1, steps=3)
-    second, again = run_program(Config(batch_size=16), dataset, 1, steps=3)
+    first, losses = run_steps(Config(batch_size=16), dataset, 1, steps=3)
+    second, again = run_steps(Config(batch_size=16), dataset, 1, steps=3)
     assert losses == again
     chex.assert_trees_all_equal(first, second)
 
 
 def test_every_seed_has_keys_of_its_own():
     keys = [jax.random.key_data(k).tolist() for s in range(3) for k in programs.random_keys(s)]
-    assert len({tuple(key) for key in keys}) == 9
-
-
-def test_an_epoch_takes_every_example_once():
-    orders = [np.asarray(programs.epoch_order(jax.random.key(0), e, 50)) for e in range(3)]
-    for order in orders:
-        assert sorted(order) == list(range(50))
-    assert len({order.tobytes() for order in orders}) == 3
+    assert len({tuple(key) for key in keys}) == 6
 
 
 def test_the_step_picks_its_batch_from_the_order(rng):
     """Step k of an epoch trains on order[k * batch : (k + 1) * batch], not augmented here."""
     config = Config(batch_size=8, crop_padding=0, horizontal_flip=False, learning_rate=0.05)
     dataset = random_dataset(rng, count=20)
-    _, losses = run_program(config, dataset, 1, steps=4)
+    _, losses = run_steps(config, dataset, 1, steps=4)
 
-    mean, std = channel_statistics(dataset.images)
+    mean, std = channel_statistics([dataset.images])
     images = ((dataset.images / 255 - mean) / std).astype(np.float32)
     optimizer = sgd(config, optax.constant_schedule(0.05))
     state = make_state(optimizer)
     step = jax.jit(partial(train_step, model=MODEL, optimizer=optimizer))
-    _, order_key, _ = programs.random_keys(config.seed)
     expected = []
     for epoch in range(2):
-        order = np.asarray(programs.epoch_order(order_key, epoch, 20))
+        order = epoch_order(config.seed, epoch, 20)
         for start in (0, 8):
             index = order[start : start + 8]
             batch = {"image": images[index], "label": dataset.labels[index]}
@@ -181,13 +261,12 @@ def test_the_step_picks_its_batch_from_the_order(rng):
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(40, 16, 1), (41, 8, 8), (5, 64, 2)])
 def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     dataset = random_dataset(rng, count)
-    statistics = channel_statistics(dataset.images)
-    mesh = programs.make_mesh(batch_size, jax.devices()[:devices])
-    data = programs.put_dataset(dataset, mesh)
-    program = programs.make_eval_program(MODEL, mesh, batch_size=batch_size, statistics=statistics)
-    state = jax.device_put(make_state(optax.sgd(0.1)), programs.replicated(mesh))
-    result = programs.evaluate(program, state, data, batch_size=batch_size)
+    train_set = random_dataset(rng, count=16)
+    config = Config(batch_size=16, eval_batch_size=batch_size)
+    with feed_of(config, train_set, devices, test_set=dataset) as (feed, state):
+        result = feed.evaluate(state)
 
+    statistics = channel_statistics([train_set.images])
     images = (dataset.images / 255 - statistics[0]) / statistics[1]
     logits = MODEL.apply(state.variables, jnp.float32(images), train=False)
     logits = np.asarray(logits, np.float64)
@@ -201,9 +280,18 @@ def test_devices_must_divide_the_batch():
         programs.make_mesh(12)
 
 
-@pytest.mark.parametrize(
-    ("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
-)
-def test_dtype_goes_by_the_platform(platform, dtype):
-    assert programs.build_model(Config(), 10, platform).dtype == jnp.dtype(dtype)
-    assert programs.build_model(Config(dtype="bfloat16"), 10, platform).dtype == jnp.bfloat16
+def test_parts_must_divide_the_batch():
+    with pytest.raises(fr.InputError, match=r"8 devices in 3 accumulation_steps: take a multiple"):
+        programs.make_mesh(32, 3)
+
+
+def test_dtype_on_a_cpu_is_float32():
+    mesh = programs.make_mesh(8)
+    assert programs.build_model(Config(), 10, mesh).dtype == jnp.float32
+    assert programs.build_model(Config(dtype="bfloat16"), 10, mesh).dtype == jnp.bfloat16
+
+
+def test_per_replica_is_a_split_a_device():
+    mesh = programs.make_mesh(8)
+    assert programs.build_model(Config(), 10, mesh).bn_splits == 1
+    assert programs.build_model(Config(batch_norm="per_replica"), 10, mesh).bn_splits == 8

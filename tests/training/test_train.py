@@ -10,7 +10,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import flax_resnet as fr
-from flax_resnet.training import checkpoint, loop, workdir
+from flax_resnet.data import Source
+from flax_resnet.training import check_config, checkpoint, feeds, loop, programs, workdir
+from tests.data.test_datasets import as_tfrecord
 
 EPOCHS, STEPS_PER_EPOCH = 4, 8
 TIMING = ("seconds", "images_per_second")
@@ -125,6 +127,46 @@ def test_final_state_gives_the_final_metrics(finished, config):
     logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, np.float32(images))
     accuracy = (np.asarray(logits).argmax(1) == test.labels).mean()
     assert accuracy == read_metrics(folder)[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streaming_gives_the_same_bits(finished, config, tmp_path, workers):
+    folder, expected = finished
+    streaming = changed(config, data_feed="stream", stream_workers=workers)
+    chex.assert_trees_all_equal(
+        jax.device_get(fr.train(streaming, tmp_path)), jax.device_get(expected)
+    )
+    assert without_timing(read_metrics(tmp_path)) == without_timing(read_metrics(folder))
+
+
+def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds, "_memory", lambda mesh: 1_000_000)
+    mesh = programs.make_mesh(config.batch_size)
+    for data_feed, kind in (("auto", Source), ("resident", fr.Dataset), ("stream", Source)):
+        data = feeds.open_data(check_config(changed(config, data_feed=data_feed)), mesh)
+        assert type(data.train) is type(data.test) is kind
+    monkeypatch.undo()
+    assert type(feeds.open_data(check_config(config), mesh).train) is fr.Dataset
+
+
+def test_a_streamed_run_goes_on_as_a_resident_one(finished, config, tmp_path, monkeypatch):
+    def stop_after_two(manager, state, accuracy):
+        checkpoint.save(manager, state, accuracy)
+        if state.step == 2 * STEPS_PER_EPOCH:
+            raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save", stop_after_two)
+        with pytest.raises(StopError):
+            fr.train(changed(config, data_feed="stream", stream_workers=1), tmp_path)
+    state = fr.train(config, tmp_path)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(finished[1]))
+
+
+def test_tfrecord_that_would_have_to_be_streamed(config, own_digits, tmp_path):
+    as_tfrecord(own_digits)
+    with pytest.raises(fr.InputError, match="digits cannot be streamed from TFRecord files"):
+        fr.train(changed(config, data_dir=str(own_digits), data_feed="stream"), tmp_path / "run")
 
 
 class StopError(Exception):

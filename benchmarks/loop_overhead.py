@@ -1,0 +1,62 @@
+"""Images a second of `fr.train` over an epoch, beside those of the bare training step.
+
+    TFDS_DATA_DIR=... python benchmarks/loop_overhead.py [--stream]
+
+The run is cifar_resnet20 on CIFAR-10, batch 128: shuffling, cropping, flipping, metrics
+and the bar included; compilation, evaluation and checkpoints are not in the run's own
+images_per_second. The bare step is the compiled `train_step` on one batch that stays on
+the device. They take turns in one process, and the figures are medians over the rounds.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import train_step
+
+import flax_resnet as fr
+
+
+def run_epochs(epochs: int, images: int, stream: bool) -> list[float]:
+    """Images a second of each epoch of a run."""
+    config = fr.default_config()
+    config.model = "cifar_resnet20"
+    config.train_split = f"train[:{images}]"
+    config.eval_split = "test[:512]"
+    config.num_epochs = epochs
+    config.data_feed = "stream" if stream else "resident"
+    with tempfile.TemporaryDirectory() as workdir:
+        fr.train(config, workdir)
+        lines = Path(workdir, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["images_per_second"] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The training loop against its bare step.")
+    parser.add_argument("--stream", action="store_true", help="read the data from disk")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="of an epoch")
+    arguments = parser.parse_args()
+
+    run_step = train_step.prepare_ours("cifar_resnet20", 128)
+    run_step(3)
+    bare, loop = [], []
+    for _ in range(arguments.rounds):
+        started = time.perf_counter()
+        run_step(arguments.steps)
+        bare.append(128 * arguments.steps / (time.perf_counter() - started))
+        loop += run_epochs(1, 128 * arguments.steps, arguments.stream)
+    ratio = statistics.median(one / other for one, other in zip(loop, bare, strict=True))
+    print("| feed | fr.train, images/s | bare step, images/s | ratio |")
+    print("|---|---|---|---|")
+    print(
+        f"| {'stream' if arguments.stream else 'resident'} | {statistics.median(loop):.0f} "
+        f"| {statistics.median(bare):.0f} | {ratio:.3f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

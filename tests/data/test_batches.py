@@ -1,0 +1,98 @@
+"""The order of the examples, and reading them from disk as they are asked for."""
+
+import contextlib
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+import flax_resnet as fr
+from flax_resnet.data import EvalBatches, Source, TrainBatches, epoch_order, load_dataset, stream
+from tests.data.test_datasets import as_tfrecord
+
+ALL = slice(None)
+
+
+def test_an_epoch_takes_every_example_once():
+    orders = [epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in range(3)]
+    for order in orders:
+        assert order.dtype == np.int32
+        assert sorted(order) == list(range(50))
+    assert len({order.tobytes() for order in orders}) == 6
+    np.testing.assert_array_equal(orders[0], epoch_order(0, 0, 50))
+
+
+@pytest.mark.parametrize("split", ["train", "test[10:50]", "train[-20:]+test[:30]+train[5:9]"])
+def test_source_has_the_examples_of_the_data_set(split, digits_dir):
+    dataset = load_dataset("digits", split, str(digits_dir))
+    source = pickle.loads(pickle.dumps(Source("digits", split, str(digits_dir))))
+    assert len(source) == len(dataset)
+    assert source.image_shape == dataset.image_shape == (32, 32, 3)
+    assert source.class_names == dataset.class_names
+    assert source.nbytes == dataset.images.nbytes + dataset.labels.nbytes
+    index = np.random.default_rng(0).permutation(len(source))
+    images, labels = source.read(index)
+    np.testing.assert_array_equal(images, dataset.images[index])
+    np.testing.assert_array_equal(labels, dataset.labels[index])
+    assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_streamed_batches_come_in_the_order_of_the_steps(workers, digits_dir):
+    source = Source("digits", "train[:70]", str(digits_dir))
+    dataset = load_dataset("digits", "train[:70]", str(digits_dir))
+    batches = TrainBatches(source, 3, 16, ALL, first=2, stop=11)
+    with contextlib.closing(stream(batches, workers)) as read:
+        seen = list(read)
+    assert len(seen) == 9
+    for step, batch in enumerate(seen, start=2):
+        epoch, position = divmod(step, 4)  # the last 6 of 70 are left out
+        index = epoch_order(3, epoch, 70)[16 * position : 16 * position + 16]
+        np.testing.assert_array_equal(batch["index"], index)
+        np.testing.assert_array_equal(batch["image"], dataset.images[index])
+        np.testing.assert_array_equal(batch["label"], dataset.labels[index])
+
+
+def test_hosts_share_a_batch(digits_dir):
+    source = Source("digits", "train", str(digits_dir))
+    whole, *shares = (
+        TrainBatches(source, 0, 12, share, first=0, stop=1)[0]
+        for share in (ALL, slice(0, 6), slice(6, 12))
+    )
+    for name, values in whole.items():
+        np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), values)
+
+
+def test_evaluation_reads_every_example_once(digits_dir):
+    source = Source("digits", "test[:41]", str(digits_dir))
+    dataset = load_dataset("digits", "test[:41]", str(digits_dir))
+    batches = [EvalBatches(source, 16, ALL)[i] for i in range(3)]
+    assert len(EvalBatches(source, 16, ALL)) == 3
+    assert all(batch["image"].shape == (16, 32, 32, 3) for batch in batches)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert mask.tolist() == [True] * 41 + [False] * 7
+    np.testing.assert_array_equal(images[mask], dataset.images)
+
+
+def test_tfrecord_cannot_be_streamed(own_digits):
+    as_tfrecord(own_digits)
+    assert not Source("digits", "train", str(own_digits)).can_be_streamed
+
+
+def test_size_that_tfds_does_not_tell_is_that_of_the_first_image(own_digits):
+    path = own_digits / "digits" / "1.0.0" / "features.json"
+    features = json.loads(path.read_text())
+    image = features["featuresDict"]["features"]["image"]["image"]
+    image["shape"]["dimensions"] = ["-1", "-1", "3"]
+    path.write_text(json.dumps(features))
+    assert Source("digits", "train", str(own_digits)).image_shape == (32, 32, 3)
+
+
+def test_damaged_file_is_named(own_digits):
+    source = Source("digits", "test", str(own_digits))
+    for path in (own_digits / "digits" / "1.0.0").glob("digits-test*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(fr.InputError, match=r"the TFDS folder .* of digits is damaged"):
+        source.read(np.array([0]))

@@ -1,0 +1,107 @@
+"""Several processes as one run, on the loopback address."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flax_resnet as fr
+from flax_resnet.training import hosts
+
+ROOT = Path(__file__).parents[2]
+# An epoch is one step, so that the lines of metrics.jsonl are the loss curve.
+RUN = (
+    "--config=configs/digits_resnet8.py",
+    "--config.train_split=train[:64]",
+    "--config.eval_split=test[:37]",
+    "--config.eval_batch_size=16",
+    "--config.num_epochs=20",
+    "--config.warmup_epochs=5",
+    "--config.learning_rate=0.02",
+)
+
+
+def start(workdir, digits_dir, *arguments):
+    environment = os.environ | {"TFDS_DATA_DIR": str(digits_dir)}
+    command = [sys.executable, ROOT / "train.py", *RUN, f"--workdir={workdir}", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(digits_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    finish(start(folder, digits_dir))
+    return read_metrics(folder)
+
+
+@pytest.mark.parametrize("data_feed", ["resident", "stream"])
+def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        start(
+            tmp_path,
+            digits_dir,
+            f"--config.data_feed={data_feed}",
+            "--config.stream_workers=0",
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+        )
+        for i in range(2)
+    ]
+    first, second = (finish(process) for process in processes)
+    assert "on 2 x cpu on 2 hosts" in first
+    assert "epoch" not in second  # one speaks for both
+
+    together = read_metrics(tmp_path)
+    assert [record["step"] for record in together] == list(range(1, 21))
+    for name in ("train_loss", "test_loss"):
+        ours, expected = ([record[name] for record in run] for run in (together, alone))
+        np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    for record in together:  # of 37 images, in batches of 16
+        correct = record["test_accuracy"] * 37
+        assert correct == pytest.approx(round(correct))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("127.0.0.1:1", 2, None), "go together: give all three"),
+        ((None, None, 0), "go together: give all three"),
+        (("127.0.0.1", 2, 0), "coordinator is HOST:PORT, not '127.0.0.1'"),
+        (("host:port", 2, 0), "coordinator is HOST:PORT, not 'host:port'"),
+        (("127.0.0.1:1", 2, 2), "process_id must be from 0 to num_processes - 1 = 1, not 2"),
+        (("127.0.0.1:1", 0, 0), "process_id must be from 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(fr.InputError, match=message):
+        hosts.connect(*arguments)
+
+
+def test_the_first_host_is_first():
+    assert hosts.first_host_first("alone", lambda: 5) == 5
