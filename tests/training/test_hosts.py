@@ -14,15 +14,18 @@ import flax_resnet as fr
 from flax_resnet.training import hosts
 
 ROOT = Path(__file__).parents[2]
-# An epoch is one step, so that the lines of metrics.jsonl are the loss curve.
+# An epoch is one step, so that the lines of metrics.jsonl are the loss curve. The batch is
+# large and the rate small, because training multiplies what float32 rounds: with 64 images
+# and 0.02 two correct programs are 1e-7 apart at first and 1e-4 after ten steps.
 RUN = (
     "--config=configs/digits_resnet8.py",
-    "--config.train_split=train[:64]",
+    "--config.train_split=train[:256]",
+    "--config.batch_size=256",
     "--config.eval_split=test[:37]",
     "--config.eval_batch_size=16",
     "--config.num_epochs=20",
     "--config.warmup_epochs=5",
-    "--config.learning_rate=0.02",
+    "--config.learning_rate=0.005",
 )
 
 
