@@ -64,8 +64,8 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     return run
 
 
-def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], None]:
-    """The same in PyTorch."""
+def torch_step(net: str, variant: str) -> Callable:
+    """A function of images [N, C, H, W] and labels that does a step in PyTorch."""
     import torch
 
     from tests.models import torch_resnet
@@ -76,16 +76,30 @@ def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], No
     model = torch_resnet.create(net).train().to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     predict = torch.compile(model) if "compile" in variant else model
+
+    def step(images, labels) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = torch.nn.functional.cross_entropy(predict(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], None]:
+    """As `prepare_ours`, in PyTorch."""
+    import torch
+
+    step = torch_step(net, variant)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
     images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=layout)
     labels = (torch.arange(batch_size) % 10).to(device)
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = torch.nn.functional.cross_entropy(predict(images), labels)
-            loss.backward()
-            optimizer.step()
+            step(images, labels)
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ DIGITS = ("--config", "configs/digits_resnet8.py")
 
 
 def run_train(*arguments, data_dir, **environment):
-    environment = os.environ | {"TFDS_DATA_DIR": str(data_dir)} | environment
+    inherited = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = inherited | {"TFDS_DATA_DIR": str(data_dir)} | environment
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -37,6 +41,11 @@ def run_train(*arguments, data_dir, **environment):
         ((*DIGITS, "--config.model=resnet19"), "unknown model 'resnet19': did you mean resnet18"),
         ((*DIGITS, "--config.dataset=digts"), "unknown data set 'digts': use cifar10, digits"),
         ((*DIGITS, "--config.eval_split=tset"), "digits has no split 'tset'; it has: train, test"),
+        ((*DIGITS, "--config.data_feed=disk"), "data_feed must be one of auto, resident, stream"),
+        ((*DIGITS, "--config.batch_norm=local"), "batch_norm must be one of global, per_replica"),
+        ((*DIGITS, "--config.accumulation_steps=5"), "in 5 accumulation_steps: take a multiple"),
+        ((*DIGITS, "--num_processes=2"), "process_id go together: give all three"),
+        ((*DIGITS, "--num_processes=two"), "flag --num_processes=two"),
         ((*DIGITS, "--workdir=train.py"), "cannot write workdir train.py: train.py is a file"),
         ((*DIGITS, "--workdir=/dev/null/run"), "cannot write workdir /dev/null/run"),
     ],
@@ -120,9 +129,47 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == metrics
 
 
+def test_several_processes_need_a_workdir(digits_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    with ThreadPoolExecutor() as threads:
+        start = partial(run_train, *DIGITS, meet, "--num_processes=2", data_dir=digits_dir)
+        results = list(threads.map(start, ("--process_id=0", "--process_id=1")))
+    for result in results:
+        assert result.returncode == 2
+        assert "several processes need a --workdir that all of them see" in result.stderr
+
+
+def test_memory_comes_in_huge_pages_unless_set_otherwise(tmp_path, digits_dir):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import os\nraise ValueError(os.environ['GLIBC_TUNABLES'])\n")
+    run = partial(run_train, f"--config={recipe}", data_dir=digits_dir)
+    assert "ValueError: glibc.malloc.hugetlb=1" in run().stderr
+    assert (
+        "ValueError: glibc.malloc.perturb=0" in run(GLIBC_TUNABLES="glibc.malloc.perturb=0").stderr
+    )
+
+
+def test_compiled_programs_are_kept(digits_dir, tmp_path):
+    short = (*DIGITS, "--config.num_steps=1", "--config.warmup_epochs=0.01")
+    own, other = tmp_path / "cache", tmp_path / "other"
+    run = partial(
+        run_train, data_dir=digits_dir, XDG_CACHE_HOME=str(own), JAX_COMPILATION_CACHE_DIR=""
+    )
+    assert run(*short, f"--workdir={tmp_path}/1").returncode == 0
+    kept = sorted((own / "flax_resnet" / "xla").glob("*-cache"))
+    assert kept
+    assert run(*short, f"--workdir={tmp_path}/2").returncode == 0
+    assert sorted((own / "flax_resnet" / "xla").glob("*-cache")) == kept
+    result = run(*short, f"--workdir={tmp_path}/3", JAX_COMPILATION_CACHE_DIR=str(other))
+    assert result.returncode == 0
+    assert list(other.iterdir())
+
+
 def test_help_names_the_options():
     result = run_train("--help", data_dir="nowhere")
-    for option in ("--config", "--workdir"):
+    for option in ("--config", "--workdir", "--coordinator", "--num_processes", "--process_id"):
         assert option in result.stdout
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -18,7 +19,6 @@ _SOURCE = Path(__file__).with_name("convolution.cc")
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w"]
 
 
-@functools.cache
 def lanes() -> int | None:
     """Channels that convolution.cc takes at a time; its functions are known to XLA then.
 
@@ -29,6 +29,15 @@ def lanes() -> int | None:
     Returns:
       None, with one warning in the log, where it cannot be compiled.
     """
+    with _one_at_a_time:
+        return _load()
+
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _load() -> int | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -10,7 +10,7 @@ def keep_compiled_programs() -> None:
     Set JAX_COMPILATION_CACHE_DIR for another folder, or JAX_ENABLE_COMPILATION_CACHE=false
     for none.
     """
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         folder = platformdirs.user_cache_path("flax_resnet") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # A start has a dozen small programs, which together take seconds.

@@ -1,5 +1,7 @@
 """Several processes as one run, by `jax.distributed`."""
 
+import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -33,12 +35,23 @@ def connect(
         others cannot be reached.
     """
     given = (coordinator, num_processes, process_id)
-    if given == (None, None, None):
-        try:
-            jax.distributed.initialize()
-        except ValueError:  # JAX found nothing around it that would tell it the three
-            return 1
-        return jax.process_count()
+    if any(value is not None for value in given):
+        host, port = _check(*given)
+        if process_id:
+            _wait_for(host, port)
+    try:
+        jax.distributed.initialize(*given, initialization_timeout=_SECONDS_TO_MEET)
+    except (ValueError, RuntimeError) as error:
+        if coordinator is None and isinstance(error, ValueError):
+            return 1  # JAX found nothing around it that would tell it the three
+        raise InputError(f"the processes of this run did not meet: {error}") from error
+    return jax.process_count()
+
+
+def _check(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[str, int]:
+    """Host and port of the coordinator."""
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("coordinator, num_processes and process_id go together: give all three")
     host, _, port = coordinator.rpartition(":")
@@ -49,13 +62,20 @@ def connect(
             f"process_id must be from 0 to num_processes - 1 = {num_processes - 1}, "
             f"not {process_id}"
         )
-    try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, initialization_timeout=_SECONDS_TO_MEET
-        )
-    except RuntimeError as error:
-        raise InputError(f"the processes did not meet at {coordinator}: {error}") from error
-    return jax.process_count()
+    return host, int(port)
+
+
+def _wait_for(host: str, port: int) -> None:
+    """Returns once somebody listens there; JAX itself would abort the program if nobody does."""
+    deadline = time.monotonic() + _SECONDS_TO_MEET
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(f"no process 0 at {host}:{port}: {error}") from error
+            time.sleep(0.2)
 
 
 def first_host_first(name: str, function: Callable[[], T]) -> T:

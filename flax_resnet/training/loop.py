@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flax_resnet.errors import InputError
+from flax_resnet.models import native
 from flax_resnet.training import programs
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import open_checkpoints, restore_newest, save
@@ -53,6 +55,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     files.check_workdir(workdir, checked)
     keep_compiled_programs()
     mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
+    if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+        # Its convolutions are compiled while the data is opened.
+        threading.Thread(target=native.lanes, daemon=True).start()
     data = first_host_first("data", partial(open_data, checked, mesh))
     run = _plan(checked, data)
     model = programs.build_model(checked, len(data.train.class_names), mesh)

@@ -106,5 +106,11 @@ def test_what_makes_no_sense_is_refused(arguments, message):
         hosts.connect(*arguments)
 
 
+def test_a_coordinator_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(hosts, "_SECONDS_TO_MEET", 0.5)
+    with pytest.raises(fr.InputError, match=r"no process 0 at 127\.0\.0\.1:1: "):
+        hosts.connect("127.0.0.1:1", 2, 1)
+
+
 def test_the_first_host_is_first():
     assert hosts.first_host_first("alone", lambda: 5) == 5

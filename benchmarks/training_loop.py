@@ -1,0 +1,111 @@
+"""Images a second of whole training loops on CIFAR-10, ours and PyTorch's, in turn.
+
+    TFDS_DATA_DIR=... python benchmarks/training_loop.py [--batch_sizes 128 512 1024]
+
+Ours is `fr.train`. PyTorch's has the data on the device from the start, too: shuffle, crop,
+flip and normalise there, then the step of train_step.py with torch.compile and
+channels_last, bfloat16 autocast on a GPU. Every measurement is a process of its own, and
+excludes what is compiled. Figures are medians over the rounds, the ratio is that of
+neighbours in time. "of matmul" is the share that our loop has of the rate of a large matrix
+product in the compute's type.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+
+import train_step
+
+
+def ours(net: str, batch_size: int, steps: int) -> float:
+    from loop_overhead import run_epoch
+
+    return run_epoch(net, batch_size, steps, "resident")
+
+
+def torch_loop(net: str, batch_size: int, steps: int) -> float:
+    import torch
+
+    import flax_resnet as fr
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dataset = fr.load_dataset("cifar10", f"train[:{batch_size * steps}]")
+    images = torch.from_numpy(dataset.images).to(device).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(dataset.labels).long().to(device)
+    mean, std = images.float().mean((0, 2, 3)), images.float().std((0, 2, 3))
+    # Black pixels around, as torchvision's RandomCrop(32, padding=4) has them.
+    images = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    step = train_step.torch_step(net, "compile channels_last")
+    pixels, channels = torch.arange(32, device=device), torch.arange(3, device=device)
+
+    def run() -> None:
+        order = torch.randperm(len(images), device=device)
+        for index in order.split(batch_size):
+            top, left = torch.randint(9, (2, len(index), 1), device=device)
+            columns = left + pixels
+            flip = torch.rand(len(index), 1, device=device) < 0.5
+            columns = torch.where(flip, columns.flip(1), columns)
+            batch = images[
+                index[:, None, None, None],
+                channels[None, :, None, None],
+                (top + pixels)[:, None, :, None],
+                columns[:, None, None, :],
+            ]
+            batch = (batch.float() - mean[:, None, None]) / std[:, None, None]
+            step(batch.contiguous(memory_format=torch.channels_last), labels[index])
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    started = time.perf_counter()
+    run()
+    return len(images) / (time.perf_counter() - started)
+
+
+def in_a_process(measure: Callable[..., float], *arguments) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def matmul_flops(size: int) -> float:
+    """Floating-point operations a second of a product of square matrices."""
+    run = train_step.prepare_matmul(size)
+    run(3)
+    started = time.perf_counter()
+    run(10)
+    return 10 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our training loop against PyTorch's.")
+    parser.add_argument("--net", default="cifar_resnet18")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[128, 512, 1024])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=50_000, help="of an epoch")
+    arguments = parser.parse_args()
+
+    import torch
+
+    size = 8192 if torch.cuda.is_available() else 2048
+    print("| net | batch | fr.train, images/s | PyTorch, images/s | ratio | of matmul |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for batch_size in arguments.batch_sizes:
+        work = (arguments.net, batch_size, arguments.images // batch_size)
+        rates = [
+            (in_a_process(ours, *work), in_a_process(torch_loop, *work))
+            for _ in range(arguments.rounds)
+        ]
+        our_rate, torch_rate = (statistics.median(side) for side in zip(*rates, strict=True))
+        ratio = statistics.median(one / other for one, other in rates)
+        share = our_rate * train_step.flops(arguments.net) / in_a_process(matmul_flops, size)
+        print(
+            f"| {arguments.net} | {batch_size} | {our_rate:.0f} | {torch_rate:.0f} "
+            f"| {ratio:.2f} | {share:.0%} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
