@@ -16,16 +16,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def peak(split: str, feed: str) -> tuple[float, float]:
-    """MB of the run's process at its peak, and of the largest worker."""
+def peak(split: str, feed: str) -> float:
+    """MB of the run's process at its peak; its workers not counted."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, __file__, workdir, split, feed]
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
         )
-    run, worker = (int(kilobytes) / 1e3 for kilobytes in result.stdout.split())
-    return run, worker
+    return int(result.stdout) / 1e3
 
 
 def run(workdir: str, split: str, feed: str) -> None:
@@ -39,20 +38,17 @@ def run(workdir: str, split: str, feed: str) -> None:
     config.data_feed = feed
     config.stream_workers = 1
     fr.train(config, workdir)
-    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
-        print(resource.getrusage(who).ru_maxrss)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def main() -> None:
     if len(sys.argv) > 1:
         return run(*sys.argv[1:])
-    print("| feed | training images | run, MB | a worker, MB |")
-    print("|---|---|---|---|")
+    print("| feed | training images | peak, MB |")
+    print("|---|---|---|")
     for feed in ("resident", "stream"):
         for images in (25_000, 50_000):
-            own, worker = peak(f"train[:{images}]", feed)
-            shown = f"{worker:.0f}" if feed == "stream" else "-"
-            print(f"| {feed} | {images} | {own:.0f} | {shown} |", flush=True)
+            print(f"| {feed} | {images} | {peak(f'train[:{images}]', feed):.0f} |", flush=True)
 
 
 if __name__ == "__main__":
