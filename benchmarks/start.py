@@ -55,6 +55,8 @@ def compile_step(net: str, scan_blocks: bool) -> None:
     optimizer = sgd(Config(), lambda step: 0.1)
     create = partial(create_state, model, optimizer, image_shape=(32, 32, 3))
     state = jax.eval_shape(create, jax.random.key(0))
+    if scan_blocks:
+        state = jax.eval_shape(fr.stack_blocks, state)
     batch = {
         "image": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.float32),
         "label": jax.ShapeDtypeStruct((128,), jnp.int32),

@@ -82,7 +82,10 @@ def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
       InputError: if there is no such data set or split, if it is not prepared and
         cannot be, or if its folder is damaged.
     """
-    builder, ranges = _open_split(name, split, data_dir)
+    return _load(*_open_split(name, split, data_dir))
+
+
+def _load(builder: _Builder, ranges: list[_Range]) -> Dataset:
     whole = {name: _load_whole(builder, name) for name in {name for name, _, _ in ranges}}
     images = [whole[name][0][start:stop] for name, start, stop in ranges]
     labels = [whole[name][1][start:stop] for name, start, stop in ranges]
@@ -129,6 +132,10 @@ class Source:
     def can_be_streamed(self) -> bool:
         """Whether examples can be read in any order, as from ArrayRecord but not TFRecord."""
         return self._builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+
+    def load(self) -> Dataset:
+        """The split in memory, as `load_dataset` returns it."""
+        return _load(self._builder, self._ranges)
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads examples.

@@ -24,6 +24,8 @@ from flax_resnet.models.resnet import (
     resnet50,
     resnet101,
     resnet152,
+    stack_blocks,
+    unstack_blocks,
 )
 from flax_resnet.models.torch_weights import from_torch, to_torch
 
@@ -52,5 +54,7 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "stack_blocks",
     "to_torch",
+    "unstack_blocks",
 ]

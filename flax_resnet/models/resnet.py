@@ -275,7 +275,8 @@ class ResNet(nn.Module):
       shortcut: "projection" or "identity"; see `shortcut_connection`.
       scan_blocks: run the blocks of a stage but the first under `lax.scan`, so that the
         time to compile does not grow with their number. The variables have the same
-        names and values either way. For GPU and TPU: XLA:CPU is slow in loops.
+        names and values either way; see also `stack_blocks`. For GPU and TPU: XLA:CPU
+        is slow in loops.
       bn_splits: see `BatchNorm`.
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
@@ -327,13 +328,12 @@ class ResNet(nn.Module):
                 norm=norm,
                 dtype=self.dtype,
             )
-            names = [f"layer{stage}_{i}" for i in range(blocks)]
-            x = block(stride, name=names[0])(x, train=train)
-            if self.scan_blocks and not self.is_initializing():
-                x = self._scan(block(parent=None), names[1:], x, train)
+            x = block(stride, name=f"layer{stage}_0")(x, train=train)
+            if self.scan_blocks and blocks > 1 and not self.is_initializing():
+                x = self._scan(block(parent=None), stage, blocks, x, train)
             else:
-                for name in names[1:]:
-                    x = block(name=name)(x, train=train)
+                for i in range(1, blocks):
+                    x = block(name=f"layer{stage}_{i}")(x, train=train)
 
         # Pooling and the classifier cost next to nothing: never in half precision.
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
@@ -345,23 +345,91 @@ class ResNet(nn.Module):
             name="fc",
         )(x)
 
-    def _scan(self, block: nn.Module, names: Sequence[str], x: jax.Array, train: bool) -> jax.Array:
-        """Runs equal blocks in a `lax.scan` over their variables, stacked for it."""
-        if not names:
-            return x
+    def _scan(
+        self, block: nn.Module, stage: int, blocks: int, x: jax.Array, train: bool
+    ) -> jax.Array:
+        """Runs the blocks of a stage but the first in a `lax.scan` over their variables.
+
+        These are stacked for it, unless they come as `stack_blocks` leaves them.
+        """
+        rest = f"layer{stage}_rest"
+        names = [f"layer{stage}_{i}" for i in range(1, blocks)]
+        is_stacked = rest in self.variables["params"]
+
+        def of_each(kind):
+            variables = self.variables[kind]
+            return variables[rest] if is_stacked else _stack([variables[name] for name in names])
 
         def run(x, variables):
             x, updates = block.apply(variables, x, train=train, mutable=["batch_stats"])
             return x, updates["batch_stats"]
 
-        kinds = ("params", "batch_stats")
-        of_each = [{kind: self.variables[kind][name] for kind in kinds} for name in names]
-        x, batch_stats = jax.lax.scan(run, x, jax.tree.map(lambda *v: jnp.stack(v), *of_each))
-        if train:
+        x, batch_stats = jax.lax.scan(
+            run, x, {kind: of_each(kind) for kind in ("params", "batch_stats")}
+        )
+        if train and is_stacked:
+            self.put_variable("batch_stats", rest, batch_stats)
+        elif train:
             for i, name in enumerate(names):
-                moved = jax.tree.map(itemgetter(i), batch_stats)
-                self.put_variable("batch_stats", name, moved)
+                self.put_variable("batch_stats", name, jax.tree.map(itemgetter(i), batch_stats))
         return x
+
+
+def stack_blocks(tree: Any) -> Any:
+    """Puts the arrays of a stage's blocks but the first on top of each other, for `scan_blocks`.
+
+    layer1_1, layer1_2, ... become layer1_rest, whose arrays have one more axis, the first:
+    a model with `scan_blocks=True` takes such variables as well, and then neither compiles
+    nor runs an operation for every block.
+
+    Args:
+      tree: variables of a `ResNet`, or any tree with such dictionaries in it, as the state
+        of an optimizer.
+    """
+
+    def stack(node):
+        if not _has_blocks(node):
+            return node
+        stages: dict[str, list[Any]] = {}
+        out = {}
+        for name, value in node.items():
+            stage, _, block = name.partition("_")
+            if stage.startswith("layer") and block != "0":
+                stages.setdefault(f"{stage}_rest", []).append((int(block), value))
+            else:
+                out[name] = value
+        for rest, blocks in stages.items():
+            out[rest] = _stack([value for _, value in sorted(blocks, key=itemgetter(0))])
+        return out
+
+    return jax.tree.map(stack, tree, is_leaf=_has_blocks)
+
+
+def unstack_blocks(tree: Any) -> Any:
+    """Undoes `stack_blocks`."""
+
+    def unstack(node):
+        if not _has_blocks(node):
+            return node
+        out = {}
+        for name, value in node.items():
+            stage, _, block = name.partition("_")
+            if block != "rest":
+                out[name] = value
+                continue
+            for i in range(len(jax.tree.leaves(value)[0])):
+                out[f"{stage}_{i + 1}"] = jax.tree.map(itemgetter(i), value)
+        return out
+
+    return jax.tree.map(unstack, tree, is_leaf=_has_blocks)
+
+
+def _has_blocks(node: Any) -> bool:
+    return isinstance(node, dict) and "layer1_0" in node
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
 def _uniform(limit: float) -> Callable[..., jax.Array]:

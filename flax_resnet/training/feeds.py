@@ -12,8 +12,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -24,7 +26,6 @@ from flax_resnet.data import (
     TrainBatches,
     channel_statistics,
     epoch_order,
-    load_dataset,
     stream,
 )
 from flax_resnet.errors import InputError
@@ -87,10 +88,7 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             or train.nbytes + test.nbytes <= _SHARE_OF_MEMORY * _memory(mesh)
         )
     if resident:
-        train, test = (
-            load_dataset(config.dataset, split, config.data_dir)
-            for split in (config.train_split, config.eval_split)
-        )
+        train, test = train.load(), test.load()
         chunks = np.array_split(train.images, max(1, len(train) // 1024))
         return Data(train, test, channel_statistics(chunks))
     if not train.can_be_streamed:
@@ -161,25 +159,28 @@ def _resident(
     one_step, eval_step = _compile(
         mesh, step, eval_step, state, pick_one(train, order(0), zero), pick_eval(test, zero)
     )
-    many_steps = None
+
+    def single(state: TrainState, order: jax.Array, position: int):
+        return one_step(state, pick_one(train, order, np.int32(position)))
+
+    calls = {1: single}
     if mesh.devices.flat[0].platform != "cpu" and steps_per_epoch >= _STEPS_A_CALL:
         program = programs.make_train_steps(
             step, pick, steps_per_epoch=steps_per_epoch, steps=_STEPS_A_CALL
         )
         program = jax.jit(program, donate_argnums=0, out_shardings=everywhere)
         many_steps = program.lower(state, train, order(0)).compile()
+        calls[_STEPS_A_CALL] = lambda state, order, position: many_steps(state, train, order)
 
     def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
         epoch, position = divmod(step, steps_per_epoch)
-        if count > 1 and many_steps is not None:
-            return many_steps(state, train, order(epoch))
-        return one_step(state, pick_one(train, order(epoch), np.int32(position)))
+        return calls[count](state, order(epoch), position)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         starts = range(0, len(test_set), eval_batch_size)
         return _mean(eval_step(state, pick_eval(test, np.int32(start))) for start in starts)
 
-    yield Feed(advance, _STEPS_A_CALL if many_steps is not None else 1, evaluate)
+    yield Feed(advance, max(calls), evaluate)
 
 
 @contextlib.contextmanager
@@ -204,7 +205,12 @@ def _streamed(
     )
     test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size))
     one_step, eval_step = _compile(
-        mesh, step, eval_step, state, _put_share(train[0], mesh), _put_share(test[0], mesh)
+        mesh,
+        step,
+        eval_step,
+        state,
+        _shapes(train_set, config.batch_size, mesh, index=jnp.int32),
+        _shapes(test_set, eval_batch_size, mesh, mask=jnp.bool_),
     )
 
     with contextlib.closing(stream(train, config.stream_workers)) as batches:
@@ -229,7 +235,7 @@ def _streamed(
 
 
 def _compile(
-    mesh: Mesh, step: Step, eval_step: EvalStep, state: TrainState, batch: Batch, eval_batch: Batch
+    mesh: Mesh, step: Step, eval_step: EvalStep, state: TrainState, batch: Any, eval_batch: Any
 ) -> tuple[jax.stages.Compiled, ...]:
     everywhere = programs.replicated(mesh)
     train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
@@ -266,6 +272,18 @@ def _share(mesh: Mesh, batch_size: int) -> slice:
     indices = programs.by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
     ranges = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
+
+
+def _shapes(source: Source, batch_size: int, mesh: Mesh, **more: Any) -> dict[str, Any]:
+    """A streamed batch of a split, before it is read, with further arrays of one axis."""
+
+    def array(*shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=programs.by_example(mesh))
+
+    return {
+        "image": array(batch_size, *source.image_shape, dtype=jnp.uint8),
+        "label": array(batch_size, dtype=jnp.int32),
+    } | {name: array(batch_size, dtype=dtype) for name, dtype in more.items()}
 
 
 def _put_share(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:

@@ -52,7 +52,7 @@ def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransfor
     """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum."""
 
     def kernels(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     return optax.chain(
         optax.add_decayed_weights(

@@ -179,13 +179,45 @@ def test_scanned_blocks_are_the_same_blocks(block, rng):
     chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_scanned_blocks_do_not_grow_the_program():
+def test_stacked_blocks_are_the_same_blocks(rng):
+    model = fr.ResNet(
+        fr.BasicBlock, (12, 1, 2), 5, widths=(4, 8, 8), strides=(1, 2, 1), scan_blocks=True
+    )
+    x = jnp.asarray(rng.normal(size=(4, 32, 32, 3)), jnp.float32)
+    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    stacked = fr.stack_blocks(variables)
+    assert [name for name in stacked["params"] if name.startswith("layer")] == [
+        "layer1_0",
+        "layer2_0",
+        "layer3_0",
+        "layer1_rest",
+        "layer3_rest",
+    ]
+    chex.assert_trees_all_equal(fr.unstack_blocks(stacked), variables)
+
+    @partial(jax.jit, static_argnames="train")
+    def apply(variables, train):
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])
+
+    for train in (False, True):
+        logits, updates = apply(variables, train=train)
+        stacked_logits, stacked_updates = apply(stacked, train=train)
+        chex.assert_trees_all_close(
+            (stacked_logits, fr.unstack_blocks(stacked_updates)), (logits, updates), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_scanned_blocks_do_not_grow_the_program(stacked):
     def size(blocks, scan_blocks):
         model = fr.ResNet(fr.BasicBlock, (blocks,) * 4, cifar_stem=True, scan_blocks=scan_blocks)
         apply = partial(model.apply, train=False)
         x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-        text = jax.jit(apply).lower(init_shapes(model), x).as_text()
-        return text.count("stablehlo.maximum")
+        variables = init_shapes(model)
+        if stacked and scan_blocks:
+            variables = jax.eval_shape(fr.stack_blocks, variables)
+        text = jax.jit(apply).lower(variables, x).as_text()
+        return text.count(" = ") if stacked else text.count("stablehlo.maximum")
 
     assert size(9, False) > 2 * size(4, False)
     assert size(9, True) == size(4, True)
