@@ -9,8 +9,10 @@ On several hosts start it on each, with the same arguments: as it is on a TPU po
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
 """
 
+import argparse
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -56,17 +58,40 @@ def main(arguments: list[str]) -> None:
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; the config file runs here, so anything can go wrong."""
     try:
-        rest = flags.FLAGS(arguments)
-        if flags.FLAGS["config"].value is None:
-            fail("name a recipe, e.g. --config configs/digits_resnet8.py")
-        list(_CONFIG.value)  # raises if the file is not there
-        return rest
-    except AttributeError as error:  # ml_collections: no such key, and perhaps a near one
+        return parse(flags.FLAGS, arguments)
+    except Exception as error:
+        problem = describe(error)
+    # That was the first; every --config.KEY=VALUE by itself shows all of them.
+    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_only.add_argument("--config", default="")
+    known, others = config_only.parse_known_args(arguments[1:])
+    problems = []
+    for override in [a for a in others if re.match("--?config[.].*=", a)]:
+        alone = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=alone)
+        sys.argv = [arguments[0], f"--config={known.config}", override]  # what it reads
+        try:
+            parse(alone, sys.argv)
+        except Exception as error:
+            problems.append(describe(error))
+    fail("; ".join(dict.fromkeys(problems)) or problem)
+
+
+def parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
+    rest = values(arguments)
+    if values["config"].value is None:
+        raise flags.Error("name a recipe, e.g. --config configs/digits_resnet8.py")
+    list(values["config"].value)  # raises if the file is not there
+    return rest
+
+
+def describe(error: Exception) -> str:
+    """What is wrong with the command line or the recipe."""
+    if isinstance(error, AttributeError):  # ml_collections: no such key, and perhaps a near one
         names = [repr(name) for name in re.findall(r'(?<=["\'])\w+(?=\W)', str(error))]
         hint = f": did you mean {names[1]}?" if len(names) > 1 else ""
-        fail(f"unknown config key {names[0]}{hint}" if names else f"AttributeError: {error}")
-    except Exception as error:
-        fail(error if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}")
+        return f"unknown config key {names[0]}{hint}" if names else f"AttributeError: {error}"
+    return str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
@@ -87,6 +112,16 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def end_by_signal(code: int) -> NoReturn:
+    """Ends the program without waiting for what still runs in other threads."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    use_huge_pages()
-    app.run(main, flags_parser=parse_flags)
+    signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
+    try:
+        use_huge_pages()
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:
+        end_by_signal(128 + signal.SIGINT)

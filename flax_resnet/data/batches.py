@@ -6,6 +6,7 @@ What a batch holds depends on (seed, step) alone, however it is read and by how 
 import contextlib
 import functools
 import gc
+import signal
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,19 @@ Arrays = dict[str, np.ndarray]
 
 
 @functools.lru_cache(maxsize=1)  # one epoch is asked for at every of its steps
-def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """The examples of an epoch, counted from 0, in the order of their use: int32 [num_examples]."""
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+def epoch_order(seed: int, epoch: int, num_examples: int, rollbacks: int = 0) -> np.ndarray:
+    """The examples of an epoch, counted from 0, in the order of their use.
+
+    Args:
+      seed: of the run, below 2**32.
+      epoch: counted from 0.
+      num_examples: in the data set.
+      rollbacks: how often the run has gone back; each gives another order.
+
+    Returns:
+      int32 [num_examples].
+    """
+    random = np.random.Generator(np.random.Philox(key=[seed + (rollbacks << 32), epoch]))
     order = random.permutation(num_examples).astype(np.int32)
     order.flags.writeable = False
     return order
@@ -40,6 +51,7 @@ class TrainBatches:
       batch_size: examples a step.
       share: those of a batch that this host reads.
       first, stop: the steps; `self[0]` is for step `first`.
+      rollbacks: see `epoch_order`.
     """
 
     source: Source
@@ -48,6 +60,7 @@ class TrainBatches:
     share: slice
     first: int
     stop: int
+    rollbacks: int = 0
 
     def __len__(self) -> int:
         return self.stop - self.first
@@ -55,7 +68,7 @@ class TrainBatches:
     def __getitem__(self, i: int) -> Arrays:
         steps_per_epoch = len(self.source) // self.batch_size
         epoch, position = divmod(self.first + i, steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.source))
+        order = epoch_order(self.seed, epoch, len(self.source), self.rollbacks)
         index = order[position * self.batch_size :][: self.batch_size][self.share]
         image, label = self.source.read(index)
         return {"image": image, "label": label, "index": index}
@@ -119,3 +132,4 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
 
 def _begin_quietly(worker: int, workers: int) -> None:
     logging.set_verbosity(logging.ERROR)  # as the program that started this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that program alone

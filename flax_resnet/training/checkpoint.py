@@ -1,64 +1,294 @@
-"""Orbax checkpoints of the newest and of the best state."""
+"""Orbax checkpoints of all that a run is, and the way back to the newest sound one.
 
+`checkpoints/STEP` holds the state, as Orbax writes arrays; `run`, a JSON file with the rest;
+and `manifest.json`, the SHA-256 of every file. Orbax renames the folder to its place when all
+of it is written. TensorStore does not notice a flipped bit, so the manifest is compared
+before anything is read.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from flax_resnet.errors import InputError
+from flax_resnet.training import hosts
+from flax_resnet.training.config import Config
 from flax_resnet.training.steps import TrainState
 
+Record = dict[str, Any]
 
-def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
-    """The checkpoints of a run, in `workdir`/checkpoints/STEP.
+_CALLS_TO_AGREE = 32
+_MANIFEST = "manifest.json"
+# Orbax writes these when the rest is done, and does without them.
+_NOT_IN_MANIFEST = (_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA")
 
-    Of those, the newest and the one with the best test accuracy are kept;
-    `best_step()` tells which that is.
+
+@dataclass
+class History:
+    """What a run has been through so far; with its `TrainState`, all that it goes on from.
+
+    Attributes:
+      records: a line of metrics.jsonl for every epoch that is done.
+      losses, accuracies: of the steps of the epoch that is not done.
+      seconds: that these took.
+      rollbacks: how often the loss was not finite and the run went back; each time the
+        examples come in another order, with other augmentation.
     """
 
-    def accuracy(metrics: dict[str, float]) -> float:
-        return metrics["test_accuracy"]
+    records: list[Record] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    rollbacks: int = 0
 
-    return ocp.CheckpointManager(
-        workdir.absolute() / "checkpoints",
-        options=ocp.CheckpointManagerOptions(
-            # Without best_fn the metrics of an earlier start would not be read.
-            best_fn=accuracy,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(1), policies.BestN(get_metric_fn=accuracy, n=1)]
+    @property
+    def best(self) -> Record | None:
+        """The first record with the highest test accuracy."""
+        return max(self.records, key=lambda record: record["test_accuracy"], default=None)
+
+    def end_epoch(self, record: Record) -> None:
+        """Adds the record of the epoch, and begins the next."""
+        self.records.append(record)
+        self.losses, self.accuracies, self.seconds = [], [], 0.0
+
+
+class Checkpoints:
+    """The checkpoints of a run: the newest few, and the one with the best test accuracy.
+
+    Of several hosts all make one, and call its methods in the same order.
+
+    Args:
+      workdir: folder of the run.
+      config: of the run; its `keep_checkpoints` is how many of the newest are kept.
+    """
+
+    def __init__(self, workdir: Path, config: Config):
+        def accuracy(metrics: dict[str, float]) -> float:
+            return metrics.get("test_accuracy", -1.0)  # none inside an epoch
+
+        self._config = config
+        self._folder = workdir.absolute() / "checkpoints"
+        self._being_written = 0
+        self._saved, self._asked = time.monotonic(), 0
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            # For the shapes of what an earlier start wrote.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                # Without best_fn the metrics of an earlier start would not be read.
+                best_fn=accuracy,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(config.keep_checkpoints),
+                        policies.BestN(get_metric_fn=accuracy, n=1),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
-        ),
-    )
+        )
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest one, if there is any."""
+        step = self._manager.latest_step()
+        return None if step is None else self._folder / str(step)
+
+    def is_due(self) -> bool:
+        """Whether the last one is `checkpoint_minutes` old; to be asked after every call."""
+        self._asked += 1
+        due = time.monotonic() - self._saved > 60 * self._config.checkpoint_minutes
+        if jax.process_count() == 1:
+            return due
+        # Clocks differ, and to agree is to wait for each other.
+        return self._asked % _CALLS_TO_AGREE == 0 and hosts.of_first_host(due)
+
+    def save(self, state: TrainState, history: History) -> None:
+        """Writes a checkpoint in the background, and lets go of those not to be kept.
+
+        Raises:
+          InputError: if this one, or the one before, cannot be written.
+        """
+        self._saved = time.monotonic()
+        step = int(state.step)
+        run = dataclasses.asdict(history) | {
+            "epoch": len(history.records),
+            "seed": self._config.seed,
+            "best": history.best,
+            "config": dataclasses.asdict(self._config),
+            "versions": _versions(),
+        }
+        metrics = {}
+        if history.records and history.records[-1]["step"] == step:
+            metrics["test_accuracy"] = history.records[-1]["test_accuracy"]
+        try:
+            self._manager.wait_until_finished()
+            if step in self._manager.all_steps():  # the epoch's end, before its evaluation
+                self._manager.delete(step)
+            self._being_written = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
+                ),
+                metrics=metrics,
+            )
+        except Exception as error:  # of Orbax, TensorStore and the disk
+            raise self._cannot_be_written(error) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, History] | None:
+        """The newest state and history, on the devices and with the sharding of `like`.
+
+        Returns:
+          None if there is no checkpoint.
+
+        Raises:
+          InputError: if it is of another model, or cannot be read.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        self._check_shapes(step, like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
+                ),
+            )
+            names = [f.name for f in dataclasses.fields(History)]
+            return restored["state"], History(**{name: restored["run"][name] for name in names})
+        except Exception as error:  # Orbax and TensorStore have many, and no base for them
+            raise InputError(
+                f"checkpoint {self._folder / str(step)} cannot be read: {_one_line(error)}"
+            ) from error
+
+    def finish(self) -> None:
+        """Returns when all is on disk.
+
+        Raises:
+          InputError: if it cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._cannot_be_written(error) from error
+
+    def close(self) -> None:
+        """Lets go of the files, also where they could not be written."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._cannot_be_written(error) from error
+
+    def _write_manifest(self) -> None:
+        """Completes the folder that Orbax is about to rename."""
+        if jax.process_index() == 0:
+            (folder,) = self._folder.glob(f"{self._being_written}.orbax-checkpoint-tmp*")
+            (folder / _MANIFEST).write_text(json.dumps(dict(_digests(folder)), indent=1))
+
+    def _check_shapes(self, step: int, like: TrainState) -> None:
+        metadata: Any = self._manager.item_metadata(step)
+        theirs = _shapes(metadata["state"])
+        ours = _shapes(like)
+        different = [
+            f"{name} {theirs.get(name, 'missing')}, expected {ours.get(name, 'none')}"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if different:
+            more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+            raise InputError(
+                f"checkpoint {self._folder / str(step)} is of another model: "
+                f"{'; '.join(different[:3])}{more}"
+            )
+
+    def _cannot_be_written(self, error: Exception) -> InputError:
+        last = f"the last one is {self.newest}" if self.newest else "there is none"
+        return InputError(
+            f"a checkpoint cannot be written to {self._folder}: {_one_line(error)}; {last}"
+        )
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, test_accuracy: float) -> None:
-    """Writes `state` in the background, and lets go of what need not be kept."""
-    manager.save(
-        int(state.step),
-        args=ocp.args.StandardSave(state),
-        metrics={"test_accuracy": test_accuracy},
-    )
-
-
-def restore_newest(manager: ocp.CheckpointManager, like: TrainState) -> TrainState:
-    """The newest state, on the devices and with the sharding of `like`.
+def set_damaged_aside(workdir: Path) -> list[str]:
+    """Moves every checkpoint that is not as it was written to `workdir`/damaged.
 
     Returns:
-      `like` itself if there is no checkpoint.
+      What to say of each.
 
     Raises:
-      InputError: if the newest one cannot be read, or is of another model.
+      InputError: if no other is left; then none is moved.
     """
-    step = manager.latest_step()
-    if step is None:
-        return like
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    folder = workdir / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    damage = {step: found for step in steps if (found := _damage(folder / str(step)))}
+    newest_sound = max(set(steps) - set(damage), default=None)
+    if damage and newest_sound is None:
+        every = ", ".join(f"{step} ({found})" for step, found in damage.items())
+        raise InputError(f"no checkpoint in {folder} can be used: {every}")
+    said = []
+    for step, found in damage.items():
+        aside = workdir / "damaged" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (folder / str(step)).rename(aside)
+        said.append(
+            f"checkpoint {step} is damaged ({found}) and now in {aside}; "
+            f"the newest sound one is {newest_sound}"
+        )
+    return said
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, if anything is."""
     try:
-        return cast(TrainState, manager.restore(step, args=ocp.args.StandardRestore(abstract)))
-    except Exception as error:  # Orbax and TensorStore have many, and no base for them
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"checkpoint {manager.directory / str(step)} cannot be read: {reason}"
-        ) from error
+        expected = json.loads((checkpoint / _MANIFEST).read_text())
+        actual = dict(_digests(checkpoint))
+    except (OSError, ValueError) as error:
+        return _one_line(error)
+    for name in sorted({*expected, *actual}):
+        if name not in actual:
+            return f"{name} is missing"
+        if expected.get(name) != actual[name]:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """Name and SHA-256 of every file."""
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name not in _NOT_IN_MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            yield str(path.relative_to(checkpoint)), digest
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

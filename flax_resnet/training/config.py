@@ -17,6 +17,7 @@ SCHEDULES = ("constant", "step", "cosine", "onecycle")
 DTYPES = ("auto", "float32", "bfloat16")
 BATCH_NORMS = ("global", "per_replica")
 DATA_FEEDS = ("auto", "resident", "stream")
+ON_NAN = ("stop", "rollback")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,14 @@ class Config:
     decay_bn_and_bias: bool = True
     label_smoothing: float = 0.0
 
+    # Checkpoints are written after every epoch, and inside one when the last is so many
+    # minutes old. The newest few and the best are kept.
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 3
+    # When the loss is not finite: "stop", or "rollback", which goes back to the newest
+    # checkpoint and on with other batches.
+    on_nan: str = "stop"
+
 
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -103,6 +112,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "checkpoint_minutes": (lambda v: 0 < v < math.inf, "above 0 and finite"),
+    "keep_checkpoints": (lambda v: v >= 1, "at least 1"),
+    "on_nan": (lambda v: v in ON_NAN, f"one of {', '.join(ON_NAN)}"),
 }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +34,8 @@ from flax_resnet.training.config import Config
 from flax_resnet.training.programs import EvalStep, Statistics, Step
 from flax_resnet.training.steps import Batch, Metrics, TrainState
 
-# Enough that the time between two calls does not count, few enough to show and to stop.
-_STEPS_A_CALL = 64
+# Enough that the time between two calls does not count, few enough to stop within seconds.
+_STEPS_A_CALL = 16
 # The rest of the memory is for activations, gradients and the optimizer.
 _SHARE_OF_MEMORY = 0.25
 
@@ -49,12 +49,13 @@ class Feed:
         count is 1, or `steps_a_call` if the epoch has so many left. Metrics are float32 []
         or [count].
       steps_a_call: see `advance`.
-      evaluate: state -> mean "loss" and "accuracy" over the test split.
+      evaluate: (state, stop) -> mean "loss" and "accuracy" over the test split, or None as
+        soon as stop(), asked before every batch, says so.
     """
 
     advance: Callable[[TrainState, int, int], tuple[TrainState, Metrics]]
     steps_a_call: int
-    evaluate: Callable[[TrainState], dict[str, float]]
+    evaluate: Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,23 @@ def open_feed(
     eval_step: EvalStep,
     state: TrainState,
     steps: range,
+    rollbacks: int = 0,
 ) -> contextlib.AbstractContextManager[Feed]:
-    """Compiles the programs of a run and opens its data for the steps still to be done."""
+    """Compiles the programs of a run and opens its data for the steps still to be done.
+
+    Args:
+      config, mesh, data: of the run.
+      step, eval_step: as `programs` makes them.
+      state: of which the shapes count.
+      steps: those to be done.
+      rollbacks: see `epoch_order`.
+    """
     train, test = data.train, data.test
     if isinstance(train, Dataset) and isinstance(test, Dataset):
-        return _resident(config, mesh, train, test, step, eval_step, state)
+        return _resident(config, mesh, train, test, step, eval_step, state, rollbacks)
     assert isinstance(train, Source)
     assert isinstance(test, Source)
-    return _streamed(config, mesh, train, test, step, eval_step, state, steps)
+    return _streamed(config, mesh, train, test, step, eval_step, state, steps, rollbacks)
 
 
 @contextlib.contextmanager
@@ -135,6 +145,7 @@ def _resident(
     step: Step,
     eval_step: EvalStep,
     state: TrainState,
+    rollbacks: int,
 ) -> Iterator[Feed]:
     everywhere, divided = programs.replicated(mesh), programs.by_example(mesh)
     train, test = (
@@ -150,7 +161,7 @@ def _resident(
 
     @functools.lru_cache(maxsize=1)
     def order(epoch: int) -> jax.Array:
-        return _put_everywhere(epoch_order(config.seed, epoch, len(train_set)), mesh)
+        return _put_everywhere(epoch_order(config.seed, epoch, len(train_set), rollbacks), mesh)
 
     pick = programs.make_pick(mesh, config.batch_size)
     pick_one = jax.jit(pick, out_shardings=divided).lower(train, order(0), zero).compile()
@@ -176,9 +187,9 @@ def _resident(
         epoch, position = divmod(step, steps_per_epoch)
         return calls[count](state, order(epoch), position)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         starts = range(0, len(test_set), eval_batch_size)
-        return _mean(eval_step(state, pick_eval(test, np.int32(start))) for start in starts)
+        return _mean((eval_step(state, pick_eval(test, np.int32(at))) for at in starts), stop)
 
     yield Feed(advance, max(calls), evaluate)
 
@@ -193,6 +204,7 @@ def _streamed(
     eval_step: EvalStep,
     state: TrainState,
     steps: range,
+    rollbacks: int,
 ) -> Iterator[Feed]:
     eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
     train = TrainBatches(
@@ -202,6 +214,7 @@ def _streamed(
         _share(mesh, config.batch_size),
         steps.start,
         steps.stop,
+        rollbacks,
     )
     test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size))
     one_step, eval_step = _compile(
@@ -227,9 +240,9 @@ def _streamed(
                 ahead = _put_share(next(batches), mesh)
             return state, metrics
 
-        def evaluate(state: TrainState) -> dict[str, float]:
+        def evaluate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
             with contextlib.closing(stream(test, config.stream_workers)) as batches:
-                return _mean(eval_step(state, _put_share(batch, mesh)) for batch in batches)
+                return _mean((eval_step(state, _put_share(b, mesh)) for b in batches), stop)
 
         yield Feed(advance, 1, evaluate)
 
@@ -241,18 +254,28 @@ def _compile(
     train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     evaluate = jax.jit(eval_step, out_shardings=everywhere)
     lowered = [train.lower(state, batch), evaluate.lower(state, eval_batch)]
-    with ThreadPoolExecutor() as threads:
+    threads = ThreadPoolExecutor()
+    try:
         return tuple(threads.map(jax.stages.Lowered.compile, lowered))
+    finally:
+        threads.shutdown(wait=False)  # Ctrl-C does not wait for the compiler
 
 
-def _mean(sums: Iterable[Metrics]) -> dict[str, float]:
-    """Means over all examples that count, of the sums of every batch."""
-    all_sums = jax.device_get(list(sums))
-    count = sum(int(s["count"]) for s in all_sums)
-    return {
-        "loss": sum(float(s["loss"]) for s in all_sums) / count,
-        "accuracy": sum(int(s["correct"]) for s in all_sums) / count,
-    }
+def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float] | None:
+    """Means over all examples that count, of the sums of every batch; None if stopped."""
+    all_sums: list[Metrics] = []
+    while not stop():
+        batch = next(sums, None)
+        if all_sums:  # a batch late, so that the device has the next one to go on with
+            all_sums[-1] = jax.device_get(all_sums[-1])
+        if batch is None:
+            count = sum(int(s["count"]) for s in all_sums)
+            return {
+                "loss": sum(float(s["loss"]) for s in all_sums) / count,
+                "accuracy": sum(int(s["correct"]) for s in all_sums) / count,
+            }
+        all_sums.append(batch)
+    return None
 
 
 def _round_up(size: int, multiple: int) -> int:

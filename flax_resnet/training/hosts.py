@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from flax_resnet.errors import InputError
 
@@ -92,3 +94,26 @@ def first_host_first(name: str, function: Callable[[], T]) -> T:
         return function()
     finally:
         wait(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
+
+
+def on_first_host(function: Callable[[], None]) -> None:
+    """Calls `function` on the first host; the others wait for it, and fail where it fails.
+
+    Raises:
+      InputError: as `function` does.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            function()
+        except InputError as raised:
+            error = raised
+    if of_first_host(error is not None):
+        raise error or InputError("the first host cannot go on, and says why")
+
+
+def of_first_host(value: bool) -> bool:
+    """The first host's value, on every host."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))

@@ -7,36 +7,42 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tensorboard.summary
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flax_resnet.errors import InputError
-from flax_resnet.models import native
-from flax_resnet.training import programs
+from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
+from flax_resnet.training import hosts, programs
 from flax_resnet.training import workdir as files
-from flax_resnet.training.checkpoint import open_checkpoints, restore_newest, save
+from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
-from flax_resnet.training.hosts import first_host_first
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
 from flax_resnet.training.progress import Progress, say
+from flax_resnet.training.signals import Signals
 from flax_resnet.training.steps import Metrics, TrainState, create_state
+
+# A run whose loss is not finite after so many returns needs another config.
+_MAX_ROLLBACKS = 10
+_SECONDS_OF_A_SLOW_CALL = 1.0
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains a model on all devices, or goes on with the run that `workdir` holds.
 
-    Writes config.json, dataset.json, checkpoints/ (the newest and the best state),
+    Writes config.json, dataset.json, checkpoints/ (the newest few and the best),
     metrics.jsonl (a line an epoch), TensorBoard's event files and curves.png.
     Progress goes to standard error: a bar on a terminal, plain lines elsewhere. Of
     several hosts the first writes and speaks; `workdir` is a folder that all of them see.
+
+    SIGTERM and the first SIGINT let the step at hand end, and write a checkpoint.
 
     Args:
       config: keys of `Config`, e.g. from `default_config`; those that it lacks have
@@ -49,6 +55,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Raises:
       InputError: if the config, the data or the folder cannot be used.
       FloatingPointError: if the loss becomes infinite or not a number.
+      KeyboardInterrupt: after SIGINT.
+      SystemExit: with code 143 after SIGTERM.
     """
     checked = check_config(config)
     workdir = Path(workdir)
@@ -58,73 +66,36 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.lanes, daemon=True).start()
-    data = first_host_first("data", partial(open_data, checked, mesh))
-    run = _plan(checked, data)
-    model = programs.build_model(checked, len(data.train.class_names), mesh)
-    optimizer = sgd(checked, run.learning_rate)
-    first_host = jax.process_index() == 0
-    records = []
-    if first_host:
-        files.write_description(workdir, checked, data.train, data.statistics)
-        records = files.read_metrics(workdir)
-
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(open_checkpoints(workdir)))
-        state = restore_newest(checkpoints, _initial_state(run, model, optimizer, data, mesh))
-        done_steps = int(state.step)
-        done_epochs = math.ceil(done_steps / run.steps_per_epoch)
-        devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        if jax.process_count() > 1:
-            devices += f" on {jax.process_count()} hosts"
-        say(
-            f"{checked.model} on {devices}, "
-            f"{len(data.train)} training and {len(data.test)} test images, "
-            f"{run.num_epochs} epochs, {done_epochs} of them done: {workdir}"
-        )
-        if first_host:
-            stack.callback(files.plot_curves, records, workdir / "curves.png")
-        if done_epochs == run.num_epochs:
+    data = hosts.first_host_first("data", partial(open_data, checked, mesh))
+    run = _plan(checked, workdir, mesh, data)
+    try:
+        with contextlib.ExitStack() as stack:
+            hosts.on_first_host(partial(_claim, run, stack))
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, checked)))
+            state = _train(run, checkpoints)
+            checkpoints.finish()
             return state
-
-        started = time.perf_counter()
-        step = programs.make_train_step(
-            checked,
-            model,
-            optimizer,
-            statistics=data.statistics,
-            steps_per_epoch=run.steps_per_epoch,
-        )
-        eval_step = programs.make_eval_step(model, statistics=data.statistics)
-        to_do = range(done_steps, run.total_steps)
-        feed = stack.enter_context(open_feed(checked, mesh, data, step, eval_step, state, to_do))
-        say(f"compiled in {time.perf_counter() - started:.1f} s")
-
-        writer = None
-        if first_host:
-            writer = tensorboard.summary.Writer(str(workdir))
-            stack.enter_context(contextlib.closing(writer))
-        images = [steps * checked.batch_size for steps in (run.total_steps, done_steps)]
-        progress = stack.enter_context(Progress(run.num_epochs, *images))
-        for epoch in range(done_epochs, run.num_epochs):
-            state, record = _run_epoch(run, feed, state, epoch, progress)
-            # The line may be there already, of a start that was cut off before the checkpoint.
-            if writer is not None and epoch >= len(records):
-                records.append(record)
-                files.append_metrics(workdir, record)
-                files.write_scalars(writer, record)
-            save(checkpoints, state, record["test_accuracy"])
-            say(_summary(record, run.num_epochs, progress.time_left()))
-    return state
+    except OSError as error:
+        raise InputError(f"cannot write workdir {workdir}: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The length of a run, and its learning rate by step."""
+    """What stays the same from the first step of a run to the last.
+
+    Attributes:
+      learning_rate: by the number of the step.
+    """
 
     config: Config
+    workdir: Path
+    mesh: Mesh
+    data: Data
+    model: ResNet
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
     steps_per_epoch: int
     total_steps: int
-    learning_rate: optax.Schedule
 
     @property
     def num_epochs(self) -> int:
@@ -134,7 +105,7 @@ class _Run:
         return float(jnp.asarray(self.learning_rate(step)))
 
 
-def _plan(config: Config, data: Data) -> _Run:
+def _plan(config: Config, workdir: Path, mesh: Mesh, data: Data) -> _Run:
     steps_per_epoch = len(data.train) // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
@@ -142,66 +113,223 @@ def _plan(config: Config, data: Data) -> _Run:
     learning_rate = learning_rate_schedule(
         config, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
-    return _Run(config, steps_per_epoch, total_steps, learning_rate)
+    return _Run(
+        config,
+        workdir,
+        mesh,
+        data,
+        programs.build_model(config, len(data.train.class_names), mesh),
+        sgd(config, learning_rate),
+        learning_rate,
+        steps_per_epoch,
+        total_steps,
+    )
 
 
-def _initial_state(run: _Run, model, optimizer, data: Data, mesh: Mesh) -> TrainState:
-    create = partial(create_state, model, optimizer, image_shape=data.train.image_shape)
+def _claim(run: _Run, stack: contextlib.ExitStack) -> None:
+    """Makes the folder this run's own, and fit to go on from."""
+    stack.enter_context(files.locked(run.workdir))
+    files.check_workdir(run.workdir, run.config)  # another run may have begun since
+    files.write_description(run.workdir, run.config, run.data.train, run.data.statistics)
+    for line in set_damaged_aside(run.workdir):
+        say(line)
+
+
+def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
+    """The state after the last step, from the newest checkpoint on; goes back if it may."""
+    rollbacks = 0
+    while True:
+        state, history = _newest(run, checkpoints)
+        history.rollbacks = max(history.rollbacks, rollbacks)
+        hosts.on_first_host(partial(files.begin_metrics, run.workdir, history.records))
+        try:
+            return _train_on(run, checkpoints, state, history)
+        except FloatingPointError as error:
+            checkpoints.finish()
+            good = f"the last good checkpoint is {checkpoints.newest}"
+            if checkpoints.newest is None:
+                good = "there is no checkpoint before it"
+            if run.config.on_nan == "stop" or history.rollbacks == _MAX_ROLLBACKS:
+                raise FloatingPointError(f"{error}; {good}") from error
+            say(f"{error}; {good}: going back, and on with other batches")
+            rollbacks = history.rollbacks + 1
+
+
+def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
+    """What the newest checkpoint holds, or what every run begins with."""
+    everywhere = programs.replicated(run.mesh)
+    create = partial(create_state, run.model, run.optimizer, image_shape=run.data.train.image_shape)
     init_key, _ = programs.random_keys(run.config.seed)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(create, init_key),
+    )
+    restored = checkpoints.restore(shapes)
+    if restored is not None:
+        return restored
+    if run.model.scan_blocks:  # many blocks, each of which would be compiled
+        return jax.device_put(create(init_key), everywhere), History()
     # It runs once: seconds of optimisation would not pay.
     options = {"xla_backend_optimization_level": "0"}
-    program = jax.jit(create, out_shardings=programs.replicated(mesh), compiler_options=options)
-    return program(init_key)
+    program = jax.jit(create, out_shardings=everywhere, compiler_options=options)
+    return program(init_key), History()
+
+
+def _train_on(
+    run: _Run, checkpoints: Checkpoints, state: TrainState, history: History
+) -> TrainState:
+    """Trains from a state on to the last step."""
+    done_epochs, done_steps = len(history.records), int(state.step)
+    devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+    if jax.process_count() > 1:
+        devices += f" on {jax.process_count()} hosts"
+    say(
+        f"{run.config.model} on {devices}, "
+        f"{len(run.data.train)} training and {len(run.data.test)} test images, "
+        f"{run.num_epochs} epochs, {done_epochs} of them done: {run.workdir}"
+    )
+    first_host = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if first_host:
+            stack.callback(files.plot_curves, history.records, run.workdir / "curves.png")
+        if done_epochs == run.num_epochs:
+            return state
+
+        started = time.perf_counter()
+        if run.model.scan_blocks:
+            state = stack_blocks(state)
+        feed = stack.enter_context(_open_feed(run, state, done_steps, history.rollbacks))
+        say(f"compiled in {time.perf_counter() - started:.1f} s")
+        writer = None
+        if first_host:
+            writer = files.open_tensorboard(run.workdir, history.records)
+            stack.enter_context(contextlib.closing(writer))
+        images = [steps * run.config.batch_size for steps in (run.total_steps, done_steps)]
+        progress = stack.enter_context(Progress(run.num_epochs, *images))
+        signals = stack.enter_context(Signals())
+        while len(history.records) < run.num_epochs:
+            state = _run_epoch(run, feed, checkpoints, state, history, progress, signals)
+            record = history.records[-1]
+            if writer is not None:
+                files.append_metrics(run.workdir, record)
+                files.write_scalars(writer, record)
+            _save(run, checkpoints, state, history)
+            say(_summary(record, run.num_epochs, progress.time_left()))
+    return unstack_blocks(state)
+
+
+def _open_feed(
+    run: _Run, state: TrainState, done_steps: int, rollbacks: int
+) -> contextlib.AbstractContextManager[Feed]:
+    step = programs.make_train_step(
+        run.config,
+        run.model,
+        run.optimizer,
+        statistics=run.data.statistics,
+        steps_per_epoch=run.steps_per_epoch,
+        rollbacks=rollbacks,
+    )
+    eval_step = programs.make_eval_step(run.model, statistics=run.data.statistics)
+    to_do = range(done_steps, run.total_steps)
+    return open_feed(run.config, run.mesh, run.data, step, eval_step, state, to_do, rollbacks)
 
 
 def _run_epoch(
-    run: _Run, feed: Feed, state: TrainState, epoch: int, progress: Progress
-) -> tuple[TrainState, files.Record]:
-    """Trains for an epoch, counted from 0, and evaluates; returns its line of metrics too."""
+    run: _Run,
+    feed: Feed,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    history: History,
+    progress: Progress,
+    signals: Signals,
+) -> TrainState:
+    """Trains to the end of an epoch, evaluates, and adds the epoch to the history."""
+    epoch = len(history.records)
     first = epoch * run.steps_per_epoch
     last = min(first + run.steps_per_epoch, run.total_steps)
-    started = time.perf_counter()
-    losses, accuracies = [], []
+    step = first + len(history.losses)
+    started = time.perf_counter() - history.seconds
+    seconds_a_call = 0.0
+    running: list[Metrics] = []
 
-    def fetch(metrics: Metrics) -> None:
+    def fetch() -> None:
+        metrics = running.pop(0)
         loss, accuracy = (np.atleast_1d(metrics[name]) for name in ("loss", "accuracy"))
         finite = np.isfinite(loss)
         if not finite.all():
             at = int(finite.argmin())
-            step = first + len(losses) + at
-            raise FloatingPointError(
-                f"the loss is {loss[at]} at step {step + 1}, in epoch {epoch + 1}, with a "
-                f"learning rate of {run.learning_rate_of(step):.3g}"
-            )
-        losses.extend(loss.tolist())
-        accuracies.extend(accuracy.tolist())
+            raise _not_finite(run, f"loss is {loss[at]}", first + len(history.losses) + at)
+        history.losses.extend(loss.tolist())
+        history.accuracies.extend(accuracy.tolist())
         progress.step(epoch + 1, len(loss) * run.config.batch_size, loss, accuracy)
 
-    # Fetched a call late, so that the device always has the next one to go on with.
-    running = None
-    step = first
+    def settle() -> None:
+        while running:
+            fetch()
+        history.seconds = time.perf_counter() - started
+
+    def stop() -> NoReturn:
+        settle()
+        if history.losses:  # else nothing is new since the last checkpoint
+            _save(run, checkpoints, state, history)
+        checkpoints.finish()
+        say(
+            f"{signals.name}: stopped after step {step}; "
+            f"the same command with --workdir={run.workdir} goes on from there"
+        )
+        signals.stop()
+
     while step < last:
+        if signals.ask():
+            stop()
+        called = time.perf_counter()
         count = feed.steps_a_call if last - step >= feed.steps_a_call else 1
         state, metrics = feed.advance(state, step, count)
         step += count
-        if running is not None:
-            fetch(running)
-        running = metrics
-    assert running is not None  # an epoch has a step
-    fetch(running)
-    trained = time.perf_counter()
-    test = feed.evaluate(state)
-    return state, {
-        "epoch": epoch + 1,
-        "step": last,
-        "train_loss": math.fsum(losses) / len(losses),
-        "train_accuracy": math.fsum(accuracies) / len(accuracies),
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
-        "learning_rate": run.learning_rate_of(last - 1),
-        "images_per_second": len(losses) * run.config.batch_size / (trained - started),
-        "seconds": time.perf_counter() - started,
-    }
+        running.append(metrics)
+        # A call late, so that the device always has the next one to go on with; but a
+        # signal should not have to wait for two slow ones.
+        allowed = 1 if seconds_a_call < _SECONDS_OF_A_SLOW_CALL else 0
+        while len(running) > allowed:
+            fetch()
+        seconds_a_call = time.perf_counter() - called
+        if step < last and checkpoints.is_due():
+            settle()
+            _save(run, checkpoints, state, history)
+    settle()
+    test = feed.evaluate(state, signals.ask)
+    if test is None:
+        stop()
+    if not math.isfinite(test["loss"]):
+        raise _not_finite(run, f"test loss is {test['loss']}", last - 1)
+    history.end_epoch(
+        {
+            "epoch": epoch + 1,
+            "step": last,
+            "train_loss": math.fsum(history.losses) / len(history.losses),
+            "train_accuracy": math.fsum(history.accuracies) / len(history.accuracies),
+            "test_loss": test["loss"],
+            "test_accuracy": test["accuracy"],
+            "learning_rate": run.learning_rate_of(last - 1),
+            "images_per_second": len(history.losses) * run.config.batch_size / history.seconds,
+            "seconds": time.perf_counter() - started,
+        }
+    )
+    return state
+
+
+def _save(run: _Run, checkpoints: Checkpoints, state: TrainState, history: History) -> None:
+    """Writes a checkpoint, if it is a good one to go back to."""
+    if not programs.is_finite(state):
+        raise _not_finite(run, "state is not finite", int(state.step) - 1)
+    checkpoints.save(unstack_blocks(state), history)
+
+
+def _not_finite(run: _Run, what: str, step: int) -> FloatingPointError:
+    return FloatingPointError(
+        f"the {what} after step {step + 1}, in epoch {step // run.steps_per_epoch + 1}, with a "
+        f"learning rate of {run.learning_rate_of(step):.3g}"
+    )
 
 
 def _summary(record: files.Record, num_epochs: int, time_left: str) -> str:

@@ -80,6 +80,7 @@ def make_train_step(
     *,
     statistics: Statistics,
     steps_per_epoch: int,
+    rollbacks: int = 0,
 ) -> Step:
     """(state, batch) -> (state, metrics), from pixels on: augmentation and `train_step`.
 
@@ -91,8 +92,11 @@ def make_train_step(
       model, optimizer: see `train_step`.
       statistics: mean and std of each channel, for `normalize`.
       steps_per_epoch: steps after which augmentation begins anew.
+      rollbacks: how often the run has gone back; each gives another augmentation.
     """
     _, augment_key = random_keys(config.seed)
+    if rollbacks:
+        augment_key = jax.random.fold_in(augment_key, rollbacks)
 
     def step(state, batch):
         images = augment(
@@ -123,6 +127,12 @@ def make_eval_step(model: ResNet, *, statistics: Statistics) -> EvalStep:
         )
 
     return step
+
+
+@jax.jit
+def is_finite(state: TrainState) -> jax.Array:
+    """Whether every number of a state is one: bool []."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]))
 
 
 def make_pick(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:

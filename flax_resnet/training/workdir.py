@@ -1,28 +1,36 @@
 """The files of a run's folder that are not checkpoints.
 
-config.json, dataset.json, metrics.jsonl, events.out.tfevents.* and curves.png.
+config.json, dataset.json, metrics.jsonl, events.out.tfevents.* and curves.png, and a lock.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import matplotlib.figure
 import matplotlib.ticker
-import tensorboard.summary
+from tensorboardX import SummaryWriter
 
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
+from flax_resnet.training.checkpoint import Record
 from flax_resnet.training.config import Config
 
-Record = dict[str, Any]
-
-# Where the data lies and how it is read may change between two starts of one run.
-_FREE_KEYS = ("data_dir", "data_feed", "stream_workers")
+# Not what is computed, so it may change between two starts of one run.
+_FREE_KEYS = (
+    "data_dir",
+    "data_feed",
+    "stream_workers",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "on_nan",
+)
 
 
 def check_workdir(workdir: Path, config: Config) -> None:
@@ -55,16 +63,17 @@ def write_description(
     train_set: Dataset | Source,
     statistics: tuple[Sequence[float], Sequence[float]],
 ) -> None:
-    """Makes the folder, and writes config.json and dataset.json.
+    """Writes config.json and dataset.json.
 
     Args:
-      workdir: the folder.
+      workdir: the folder of the run.
       config: of the run.
       train_set: what it trains on.
       statistics: mean and std of its channels.
 
     Raises:
-      InputError: if they cannot be written, or the folder's run had other data.
+      InputError: if the folder's run had other data.
+      OSError: if they cannot be written.
     """
     mean, std = statistics
     dataset = _as_json(
@@ -79,40 +88,74 @@ def write_description(
     path = workdir / "dataset.json"
     if path.exists() and _read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, dataset)
-        _write_json(workdir / "config.json", dataclasses.asdict(config))
-    except OSError as error:
-        raise InputError(f"cannot write workdir {workdir}: {error}") from error
+    _write_json(path, dataset)
+    _write_json(workdir / "config.json", dataclasses.asdict(config))
 
 
-def read_metrics(workdir: Path) -> list[Record]:
-    """The records of metrics.jsonl; a last line that was torn off is cut from the file.
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps every other run out of it.
+
+    The lock ends with the process, whatever ends it.
 
     Raises:
-      InputError: if a line before the last cannot be read.
+      InputError: if another run is in it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / ".lock")
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise InputError(f"another run is at work in {workdir}: name another --workdir") from error
+    except OSError as error:
+        raise InputError(f"cannot write workdir {workdir}: {error}") from error
+    with lock:
+        yield
+    lock.release()
+
+
+def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:
+    """Leaves in metrics.jsonl the lines of these records and no others.
+
+    What follows them was torn off, or belongs to steps that will be done again.
+
+    Raises:
+      InputError: if the folder has lines of many epochs, and the run would begin anew.
     """
     path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    content = path.read_bytes() if path.exists() else b""
+    # A checkpoint is on disk at the latest when the second one after it is begun.
+    epochs = content.count(b"\n")
+    if epochs > 2 and not records:
+        raise InputError(
+            f"{path} has lines of {epochs} epochs, but there is no checkpoint to go on from: "
+            "name another --workdir, or take it away to begin anew"
+        )
+    lines = "".join(_line(record) for record in records).encode()
+    if content.startswith(lines):
+        if len(content) > len(lines):
+            os.truncate(path, len(lines))
+    else:
+        _write_whole(path, lines.decode())
 
 
 def append_metrics(workdir: Path, record: Record) -> None:
     """Adds a line to metrics.jsonl."""
     with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(_line(record))
 
 
-def write_scalars(writer: tensorboard.summary.Writer, record: Record) -> None:
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"
+
+
+def open_tensorboard(workdir: Path, records: Sequence[Record]) -> SummaryWriter:
+    """TensorBoard's event files, of which TensorBoard forgets what came after the records."""
+    purge_step = records[-1]["step"] + 1 if records else 0
+    return SummaryWriter(str(workdir), purge_step=purge_step)
+
+
+def write_scalars(writer: SummaryWriter, record: Record) -> None:
     """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
     for name, value in record.items():
         if name not in ("epoch", "step"):
@@ -157,7 +200,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Any) -> None:
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(content)
     temporary.replace(path)

@@ -1,0 +1,102 @@
+"""Kills a run at random moments, goes on with it, and compares it with one left in peace.
+
+    python benchmarks/faults.py --kills 20
+
+The run is digits_resnet8, shortened, with a checkpoint every half second inside its epochs
+too. Every other kill (SIGKILL) comes while a checkpoint is being written, the others at any
+moment from the start of the process on. A run that reaches its end before the kills are used
+up is compared, and another begun. Exits with 1 if anything differs.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import flax_resnet as fr
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {"num_epochs": 6, "checkpoint_minutes": 0.5 / 60}
+TIMING = ("seconds", "images_per_second")
+
+
+def start(workdir: Path, data: str, feed: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
+    command += [f"--workdir={workdir}", f"--config.data_dir={data}", f"--config.data_feed={feed}"]
+    command += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
+    with (workdir.parent / f"{workdir.name}.log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
+
+
+def kill(process: subprocess.Popen, workdir: Path, while_writing: bool) -> bool:
+    """Kills a run at a random moment; False if it ended before."""
+    moment = time.monotonic() + random.uniform(0, 12)
+    while process.poll() is None:
+        writing = any(workdir.glob("checkpoints/*tmp*"))
+        if time.monotonic() > moment and (writing or not while_writing):
+            time.sleep(random.uniform(0, 0.1))
+            os.kill(process.pid, signal.SIGKILL)
+            return process.wait() == -signal.SIGKILL
+        time.sleep(0.001)
+    if process.returncode:
+        raise RuntimeError(f"a run ended with {process.returncode}: see {workdir}.log")
+    return False
+
+
+def result(workdir: Path) -> tuple[list[dict], list[np.ndarray]]:
+    """metrics.jsonl without its times, and the arrays of the last state."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+    config = json.loads((workdir / "config.json").read_text())
+    return records, jax.tree.leaves(jax.device_get(fr.train(config, workdir)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills a run, and goes on with it.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--feed", choices=("resident", "stream"), default="resident")
+    arguments = parser.parse_args()
+    random.seed(arguments.seed)
+
+    with tempfile.TemporaryDirectory() as folder:
+        peace = Path(folder) / "peace"
+        start(peace, folder, arguments.feed).wait()
+        records, arrays = result(peace)
+        kills = resumes = runs = differences = 0
+        while not runs or kills < arguments.kills:
+            workdir = Path(folder) / f"disturbed-{runs}"
+            starts = 0
+            while True:
+                process = start(workdir, folder, arguments.feed)
+                starts += 1
+                if kills == arguments.kills:
+                    process.wait()
+                    break
+                if not kill(process, workdir, while_writing=bool(kills % 2)):
+                    break
+                kills += 1
+            resumes += starts - 1
+            runs += 1
+            other_records, other_arrays = result(workdir)
+            differences += other_records != records
+            differences += sum(
+                a.tobytes() != b.tobytes() for a, b in zip(arrays, other_arrays, strict=True)
+            )
+    print("| feed | runs | kills | resumes | differences |")
+    print("|---|---|---|---|---|")
+    print(f"| {arguments.feed} | {runs} | {kills} | {resumes} | {differences} |")
+    sys.exit(differences > 0)
+
+
+if __name__ == "__main__":
+    main()

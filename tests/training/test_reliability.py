@@ -1,0 +1,349 @@
+"""What happens to a run that is stopped, killed, damaged or led astray."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flax_resnet as fr
+from flax_resnet.training import checkpoint, loop, programs, workdir
+from tests.training.test_train import (
+    changed,
+    read_metrics,
+    steps_kept,
+    train_until,
+    without_timing,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same_run(state, folder, finished):
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(finished[1]))
+    assert without_timing(read_metrics(folder)) == without_timing(read_metrics(finished[0]))
+
+
+# Signals.
+
+
+@pytest.mark.parametrize(
+    ("number", "stops"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+@pytest.mark.parametrize("step", [3, 12, 16], ids=["first epoch", "epoch", "evaluation"])
+def test_signal_loses_nothing(finished, config, tmp_path, monkeypatch, capsys, number, stops, step):
+    steps = 0
+
+    def raise_signal(self, *arguments):
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), number)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Progress, "step", raise_signal)
+        with pytest.raises(stops) as stopped:
+            fr.train(config, tmp_path)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    if stops is SystemExit:
+        assert stopped.value.code == 143
+    assert f"{signal.Signals(number).name}: stopped after step" in capsys.readouterr().err
+    # One step more may have been on its way.
+    assert steps_kept(tmp_path)[-1] in (step, step + 1)
+    assert_same_run(fr.train(config, tmp_path), tmp_path, finished)
+
+
+@pytest.fixture
+def program(digits_dir, tmp_path):
+    """Starts train.py on the digits."""
+
+    def start(*arguments):
+        command = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
+        command += [f"--config.data_dir={digits_dir}", f"--workdir={tmp_path}/run", *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("signals", "codes"),
+    [
+        ([signal.SIGTERM], (143,)),
+        ([signal.SIGINT], (130,)),
+        ([signal.SIGINT, signal.SIGINT], (130, -signal.SIGINT)),  # the same in a shell
+    ],
+    ids=["SIGTERM", "SIGINT", "SIGINT twice"],
+)
+@pytest.mark.parametrize("begun", [True, False], ids=["training", "compiling"])
+def test_signal_ends_the_program(program, begun, signals, codes):
+    with program("--config.num_epochs=1000") as process:
+        for line in process.stderr:
+            if line.startswith("epoch 1/" if begun else "cifar_resnet8 on"):
+                break
+        sent = time.monotonic()
+        for number in signals:
+            process.send_signal(number)
+        rest = process.stderr.read()
+    assert time.monotonic() - sent < 10
+    assert process.returncode in codes
+    assert "Traceback" not in rest
+
+
+# SIGKILL, in the middle of a checkpoint. benchmarks/faults.py kills at any moment.
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_kill_while_a_checkpoint_is_written(finished, config, tmp_path, checkpoints):
+    script = textwrap.dedent("""
+        import json, os, signal, sys
+        import jax
+        import flax_resnet as fr
+        from flax_resnet.training.checkpoint import Checkpoints
+
+        jax.config.update("jax_num_cpu_devices", 8)
+        written, write = 0, Checkpoints._write_manifest
+        def kill_in_the_middle(self):
+            global written
+            written += 1
+            if written == int(sys.argv[3]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(self)
+        Checkpoints._write_manifest = kill_in_the_middle
+        fr.train(json.loads(sys.argv[1]), sys.argv[2])
+    """)
+    arguments = [json.dumps(config.to_dict()), str(tmp_path), str(checkpoints)]
+    killed = subprocess.run([sys.executable, "-c", script, *arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert any((tmp_path / "checkpoints").glob("*tmp*"))
+    assert_same_run(fr.train(config, tmp_path), tmp_path, finished)
+    assert not any((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+# Damage.
+
+
+@pytest.fixture
+def stopped(config, tmp_path, monkeypatch):
+    """A run with checkpoints after steps 8 and 11."""
+    folder = tmp_path / "stopped"
+    train_until(11, config, folder, monkeypatch)
+    assert {8, 11} <= set(steps_kept(folder))
+    return folder
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder):
+    return max(folder.rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+
+
+DAMAGE = {
+    "truncated array": lambda folder: truncate(largest(folder)),
+    "flipped bit": lambda folder: flip_a_bit(largest(folder)),
+    "deleted array": lambda folder: largest(folder).unlink(),
+    "deleted folder": lambda folder: shutil.rmtree(folder / "state"),
+    "deleted history": lambda folder: (folder / "run" / "metadata").unlink(),
+    "empty metrics": lambda folder: (folder / "metrics" / "metrics").write_text(""),
+    "deleted manifest": lambda folder: (folder / "manifest.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, capsys):
+    steps = steps_kept(stopped)
+    damage(stopped / "checkpoints" / str(steps[-1]))
+    said = checkpoint.set_damaged_aside(stopped)
+    assert len(said) == 1
+    assert f"checkpoint {steps[-1]} is damaged" in said[0]
+    assert f"the newest sound one is {steps[-2]}" in said[0]
+    assert steps_kept(stopped) == steps[:-1]
+    assert (stopped / "damaged" / str(steps[-1])).is_dir()
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, config, finished, capfd):
+    flip_a_bit(largest(stopped / "checkpoints" / "11"))
+    assert_same_run(fr.train(config, stopped), stopped, finished)
+    assert "checkpoint 11 is damaged" in capfd.readouterr().err
+
+
+def test_run_without_a_sound_checkpoint_is_left_as_it_is(stopped, config):
+    for step in steps_kept(stopped):
+        truncate(largest(stopped / "checkpoints" / str(step)))
+    before = sorted(stopped.rglob("*"))
+    with pytest.raises(fr.InputError, match=r"no checkpoint in .* can be used: 8 \(state"):
+        fr.train(config, stopped)
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_metrics_without_checkpoints_are_left_as_they_are(finished, config, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(fr.InputError, match="lines of 4 epochs, but there is no checkpoint"):
+        fr.train(config, copy)
+    assert len(read_metrics(copy)) == 4
+
+
+@pytest.mark.parametrize("content", [None, "", "{}\n" * 9], ids=["deleted", "empty", "other"])
+def test_metrics_are_written_again_from_the_checkpoint(finished, config, tmp_path, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    expected = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").unlink()
+    if content is not None:
+        (copy / "metrics.jsonl").write_text(content)
+    fr.train(config, copy)
+    assert (copy / "metrics.jsonl").read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"model": "cifar_resnet20"},
+            r"batch_stats.layer1_1.bn1.mean missing, expected float32\[16\]",
+        ),
+        (
+            {"model_fields": {"widths": (16, 32, 48)}},
+            r"batch_stats.layer3_0.bn1.mean float32\[64\], expected float32\[48\]",
+        ),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(finished, config, tmp_path, fields, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    other = changed(config, **fields)
+    (copy / "config.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(fr.InputError, match=f"32 is of another model: {message}.*, and .. more"):
+        fr.train(other, copy)
+    assert steps_kept(copy) == steps_kept(finished[0])
+
+
+# The folder.
+
+
+def test_second_run_in_one_folder_is_refused(finished, config, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    with (
+        workdir.locked(copy),
+        pytest.raises(fr.InputError, match=r"another run is at work in .*copy"),
+    ):
+        fr.train(config, copy)
+    fr.train(config, copy)
+
+
+def test_full_disk(tmp_path, digits_dir):
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("no file system of its own for the test")
+    script = """
+        mount -t tmpfs -o size=1600k tmpfs "$0"
+        "$@"; echo "exit code $?"
+        mount -o remount,size=20m tmpfs "$0"
+        "$@"; echo "exit code $?"
+    """
+    folder = tmp_path / "full"
+    folder.mkdir()
+    program = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
+    program += [f"--config.data_dir={digits_dir}", f"--workdir={folder}/run"]
+    program += ["--config.train_split=train[:128]", "--config.warmup_epochs=1.0"]
+    program += ["--config.num_epochs=8", "--config.keep_checkpoints=20"]
+    result = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, str(folder), *program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.split("\n")[:2] == ["exit code 2", "exit code 0"], result.stderr
+    assert "Traceback" not in result.stderr
+    assert "train.py: a checkpoint cannot be written to" in result.stderr
+    assert "No space left on device" in result.stderr
+    # The second start goes on from the last checkpoint of the first.
+    assert "0 of them done" not in result.stderr.split("train.py:")[1]
+
+
+# A loss that is not finite.
+
+
+def poison(monkeypatch, step, rollbacks_before_health):
+    """Makes the loss of a step NaN, as long as the run has gone back too seldom."""
+    make_train_step = programs.make_train_step
+
+    def make_poisoned(*arguments, rollbacks, **options):
+        healthy = make_train_step(*arguments, rollbacks=rollbacks, **options)
+
+        def poisoned(state, batch):
+            new_state, metrics = healthy(state, batch)
+            bad = (state.step == step - 1) & (rollbacks < rollbacks_before_health)
+            return new_state, metrics | {"loss": jnp.where(bad, jnp.nan, metrics["loss"])}
+
+        return poisoned
+
+    monkeypatch.setattr(programs, "make_train_step", make_poisoned)
+
+
+def test_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+    poison(monkeypatch, 19, 1)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is nan after step 19, in epoch 3, with a learning rate of 0\.0.*; "
+        r"the last good checkpoint is .*/checkpoints/16",
+    ):
+        fr.train(config, tmp_path)
+
+
+def test_rollback_goes_on_with_other_batches(finished, config, tmp_path, monkeypatch, capsys):
+    poison(monkeypatch, 19, 2)
+    state = fr.train(changed(config, on_nan="rollback"), tmp_path)
+    assert int(state.step) == 32
+    records, undisturbed = (without_timing(read_metrics(f)) for f in (tmp_path, finished[0]))
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert records[:2] == undisturbed[:2]
+    assert records[2]["train_loss"] != undisturbed[2]["train_loss"]
+    assert capsys.readouterr().err.count("going back, and on with other batches") == 2
+    run = json.loads((tmp_path / "checkpoints" / "32" / "run" / "metadata").read_text())
+    assert run["rollbacks"] == 2
+
+
+def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch):
+    poison(monkeypatch, 3, 99)
+    monkeypatch.setattr(loop, "_MAX_ROLLBACKS", 2)
+    with pytest.raises(FloatingPointError, match="there is no checkpoint before it"):
+        fr.train(changed(config, on_nan="rollback"), tmp_path)
+
+
+def test_state_that_is_not_finite_is_not_kept(config, tmp_path, monkeypatch):
+    is_finite = programs.is_finite
+    monkeypatch.setattr(programs, "is_finite", lambda state: is_finite(state) & (state.step != 16))
+    with pytest.raises(FloatingPointError, match=r"not finite after step 16, .*/checkpoints/8"):
+        fr.train(config, tmp_path)
+    assert steps_kept(tmp_path) == [8]
+
+
+def test_checkpoint_holds_all_that_a_run_is(finished, config):
+    folder = finished[0] / "checkpoints" / "32"
+    run = json.loads((folder / "run" / "metadata").read_text())
+    assert (run["epoch"], run["seed"]) == (4, 0)
+    assert run["records"] == read_metrics(finished[0])
+    assert run["best"] in run["records"]
+    assert run["config"] == json.loads(json.dumps(config.to_dict()))
+    assert run["versions"]["jax"] == jax.__version__
