@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
 
     if len(arguments) > 1:
         fail(f"what is {arguments[1]!r}? Options begin with --")
-    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell all they do
+    # TFDS and Orbax tell all they do, and of an error before they raise it.
+    logging.set_verbosity(logging.FATAL)
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:

@@ -131,5 +131,5 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
 
 
 def _begin_quietly(worker: int, workers: int) -> None:
-    logging.set_verbosity(logging.ERROR)  # as the program that started this process
+    logging.set_verbosity(logging.FATAL)  # as the program that started this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that program alone

@@ -3,11 +3,15 @@
 import dataclasses
 import difflib
 import math
+import reprlib
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from flax_resnet.errors import InputError
@@ -105,7 +109,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "warmup_epochs": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "decay_at": (
-        lambda v: all(isinstance(at, float) and 0 < at < 1 for at in v),
+        lambda v: all(0 < at < 1 for at in v),
         "fractions of the run, between 0 and 1",
     ),
     "decay_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -134,36 +138,70 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     Raises:
       InputError: names every unknown key, wrong type and value out of range.
     """
-    checked = default_config()
-    problems = []
+    hints = typing.get_type_hints(Config)
+    checked, problems = {}, []
     for key, value in config.items():
-        if key not in checked:
-            near = difflib.get_close_matches(key, checked.keys(), n=1)
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f": did you mean {near[0]!r}?" if near else ""
-            problems.append(f"unknown config key {key!r}{hint}")
-            continue
-        try:
-            checked[key] = value
-        except (TypeError, ValueError):
-            expected = typing.get_type_hints(Config)[key]
-            problems.append(
-                f"{key} must be of type {getattr(expected, '__name__', expected)}, not {value!r}"
-            )
-            continue
-        valid, rule = _RANGES.get(key, (None, ""))
-        if valid is not None and not valid(checked[key]):
-            problems.append(f"{key} must be {rule}, not {value!r}")
-    run = Config(**checked.to_dict())
+            problems.append(f"unknown config key {_short(key)}{hint}")
+        elif not _has_type(value, hints[key]):
+            expected = getattr(hints[key], "__name__", hints[key])
+            problems.append(f"{key} must be of type {expected}, not {_short(value)}")
+        elif key in _RANGES and not _RANGES[key][0](value):
+            problems.append(f"{key} must be {_RANGES[key][1]}, not {_short(value)}")
+        else:
+            checked[key] = _plain(value)
+    run = Config(**checked)
     if run.schedule == "onecycle" and not run.warmup_epochs:
         problems.append("schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle")
     if run.nesterov and not run.momentum:
         problems.append("nesterov needs momentum above 0")
-    try:
-        create_model(run.model, **run.model_fields)
-    except ValueError as error:
-        problems.append(str(error))
-    except TypeError as error:
-        problems.append(f"model_fields do not fit {run.model}: {error}")
+    problems += _model_problems(run)
     if problems:
         raise InputError("; ".join(problems))
     return run
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_has_type(value, argument) for argument in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_has_type(v, arguments[0]) for v in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping | ConfigDict)
+    if isinstance(value, bool):
+        return hint is bool
+    if isinstance(value, int) and hint in (int, float):
+        return abs(value) <= 2**32
+    return isinstance(value, hint)
+
+
+def _plain(value: Any) -> Any:
+    """As the fields of `Config` have it, whether from Python, a ConfigDict or a JSON file."""
+    if isinstance(value, ConfigDict):
+        return value.to_dict()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _model_problems(run: Config) -> list[str]:
+    taken = {"num_classes", "dtype", "weights", "bn_splits"} & set(run.model_fields)
+    if taken:
+        return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    try:
+        model = create_model(run.model, **run.model_fields)
+    except ValueError as error:
+        return [str(error)]
+    except TypeError as error:
+        return [f"model_fields do not fit {run.model}: {error}"]
+    try:
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    except Exception as error:  # of whatever a field is used for
+        return [f"model_fields do not fit {run.model}: {' '.join(str(error).split())[:200]}"]
+    return []
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)

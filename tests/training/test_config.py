@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flax_resnet as fr
 from flax_resnet.training import check_config, default_config
@@ -113,3 +115,43 @@ def test_every_key_is_read_somewhere():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 read.add(node.attr)
     assert {field.name for field in dataclasses.fields(Config)} <= read
+
+
+# Anything at all in place of a value, and keys that nobody thought of.
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([field.name for field in dataclasses.fields(Config)])
+
+
+@given(st.dictionaries(KEYS | st.text(), ANYTHING, min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_any_config_is_valid_or_refused_in_a_line(config):
+    problem = ""
+    try:
+        check_config(config)
+    except fr.InputError as error:
+        problem = str(error)
+    assert len(problem) < 300 * len(config)
+    assert "\n" not in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model_fields", {"weights": "w.pth"}, "model_fields cannot set weights"),
+        ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection' or 'identity'"),
+        ("model_fields", {"widths": (16, 32)}, "have one entry a stage"),
+        ("num_epochs", True, "num_epochs must be of type int, not True"),
+        ("batch_size", None, "batch_size must be of type int, not None"),
+        ("seed", 10**400, "seed must be of type int, not 1000"),
+        ("on_nan", "ignore", "on_nan must be one of stop, rollback"),
+        ("checkpoint_minutes", 0.0, "checkpoint_minutes must be above 0 and finite"),
+        ("keep_checkpoints", 0, "keep_checkpoints must be at least 1"),
+    ],
+)
+def test_bad_value_of_a_later_key(key, value, message):
+    with pytest.raises(fr.InputError, match=message):
+        check_config({key: value})
