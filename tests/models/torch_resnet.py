@@ -52,7 +52,7 @@ class SqueezeExcite(nn.Module):
 
 
 # Channels between the two layers, by channels of the block's output.
-REDUCED = {8: 8, 16: 8, 256: 16, 512: 32, 1024: 64, 2048: 128}
+REDUCED = {8: 8, 16: 8, 32: 8, 64: 8, 256: 16, 512: 32, 1024: 64, 2048: 128}
 
 
 class Block(nn.Module):
