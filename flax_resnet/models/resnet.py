@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_resnet.models.convolution import convolution
+from flax_resnet.models.convolution import convolution, grouped_convolution
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -69,13 +69,8 @@ class Conv(nn.Module):
         if self.groups == 1:
             x = convolution(x, kernel, stride=self.stride, padding=padding)
         else:
-            x = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                [(padding, padding)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
+            x = grouped_convolution(
+                x, kernel, groups=self.groups, stride=self.stride, padding=padding
             )
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, (self.planes,), jnp.float32)
@@ -322,12 +317,12 @@ class ResidualBlock(nn.Module):
 
     def _width(self) -> int:
         """Channels of the first convolutions."""
-        width = int(self.planes * self.width_per_group / 64) * self.groups
+        grouping = f"groups={self.groups} and width_per_group={self.width_per_group}"
         if self.expansion == 1 and (self.groups, self.width_per_group) != (1, 64):
-            raise ValueError(
-                f"groups={self.groups} and width_per_group={self.width_per_group} are for "
-                f"bottlenecks: {type(self).__name__} has groups=1 and width_per_group=64"
-            )
+            raise ValueError(f"{grouping} are for bottlenecks, not {type(self).__name__}")
+        width = int(self.planes * self.width_per_group / 64) * self.groups
+        if width < 1:
+            raise ValueError(f"{grouping} leave no channels of planes={self.planes}")
         return width
 
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array | None:
@@ -623,6 +618,8 @@ class ResNet(nn.Module):
             raise ValueError(f"num_classes is 0 for no classifier, or more: not {self.num_classes}")
         if self.cifar_stem and self.deep_stem:
             raise ValueError("cifar_stem and deep_stem are two stems: set one of them")
+        if self.stem_width is not None and self.stem_width < 1 + self.deep_stem:
+            raise ValueError(f"stem_width={self.stem_width} is too small for a stem")
         if self.norm not in ("batch", "group"):
             raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
         if self.norm == "group" and self.bn_splits != 1:
