@@ -325,7 +325,13 @@ class ResidualBlock(nn.Module):
             raise ValueError(f"{grouping} leave no channels of planes={self.planes}")
         return width
 
+    def _drops_branch(self) -> bool:
+        # Under scan_blocks the rate is traced.
+        return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
+
     def _shortcut(self, x: jax.Array, train: bool) -> jax.Array | None:
+        if self.shortcut == "none" and self._drops_branch():
+            raise ValueError("stochastic_depth needs a shortcut: shortcut='none' leaves nothing")
         if self.zero_init_residual and (self.preactivation or self.shortcut == "none"):
             raise ValueError(
                 "zero_init_residual=True needs a shortcut, and a BatchNorm at the end of the "
@@ -345,11 +351,11 @@ class ResidualBlock(nn.Module):
         """Residual branch and shortcut as one."""
         if self.squeeze_excite:
             branch = SqueezeExcite(self.dtype, name="se")(branch)
-        rate = self.stochastic_depth
-        if train and (isinstance(rate, jax.Array) or rate > 0):
+        if train and self._drops_branch():
+            survival = 1 - self.stochastic_depth
             examples = (len(branch), 1, 1, 1)
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, examples)
-            branch = jnp.where(keep, branch / (1 - rate), 0).astype(self.dtype)
+            keep = jax.random.bernoulli(self.make_rng("dropout"), survival, examples)
+            branch = jnp.where(keep, branch / survival, 0).astype(self.dtype)
         return branch if shortcut is None else branch + shortcut
 
 
@@ -560,6 +566,7 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         outputs["stem"] = x
 
+        fields: dict[str, Any] = {"dropout": self.dropout} if self.dropout else {}
         block = partial(
             self.block,
             shortcut=self.shortcut,
@@ -569,15 +576,14 @@ class ResNet(nn.Module):
             squeeze_excite=self.squeeze_excite,
             norm=norm,
             dtype=self.dtype,
+            **fields,
         )
-        if self.dropout:
-            block = partial(block, dropout=self.dropout)
-        step = self.stochastic_depth / sum(self.layers)
+        rise = self.stochastic_depth / sum(self.layers)
         done = 0
         stages = zip(self.layers, self.widths, self.strides, strict=True)
         for stage, (blocks, planes, stride) in enumerate(stages, start=1):
             names = [f"layer{stage}_{i}" for i in range(blocks)]
-            rates = [step * (done + i) for i in range(1, blocks + 1)]
+            rates = [rise * (done + i) for i in range(1, blocks + 1)]
             done += blocks
             x = block(planes, stride, stochastic_depth=rates[0], name=names[0])(x, train=train)
             if self.scan_blocks and not self.is_initializing():
@@ -629,8 +635,6 @@ class ResNet(nn.Module):
                 raise ValueError(f"{name} is from 0 to below 1, not {getattr(self, name)}")
         if self.dropout and not issubclass(self.block, PreActBasicBlock):
             raise ValueError(f"dropout is for PreActBasicBlock, not {self.block.__name__}")
-        if self.stochastic_depth and self.shortcut == "none":
-            raise ValueError("stochastic_depth needs a shortcut: nothing is left with 'none'")
 
     def _scan(
         self,
@@ -699,23 +703,20 @@ seresnet152 = partial(resnet152, squeeze_excite=True)
 plain18 = partial(resnet18, shortcut="none")
 plain34 = partial(resnet34, shortcut="none")
 
-# The same for 32x32 images and 10 classes.
+# The first five for 32x32 images and 10 classes.
 cifar_resnet18 = partial(resnet18, num_classes=10, cifar_stem=True)
 cifar_resnet34 = partial(resnet34, num_classes=10, cifar_stem=True)
 cifar_resnet50 = partial(resnet50, num_classes=10, cifar_stem=True)
 cifar_resnet101 = partial(resnet101, num_classes=10, cifar_stem=True)
 cifar_resnet152 = partial(resnet152, num_classes=10, cifar_stem=True)
 
-# He et al. section 4.2: 6n + 2 layers in three stages, shortcuts without parameters.
-_he_cifar = partial(
-    ResNet,
-    BasicBlock,
-    num_classes=10,
-    widths=(16, 32, 64),
-    strides=(1, 2, 2),
-    cifar_stem=True,
-    shortcut="identity",
+# Three stages, which papers on CIFAR have.
+_three_stages = partial(
+    ResNet, num_classes=10, widths=(16, 32, 64), strides=(1, 2, 2), cifar_stem=True
 )
+
+# He et al. section 4.2: 6n + 2 layers, shortcuts without parameters.
+_he_cifar = partial(_three_stages, BasicBlock, shortcut="identity")
 cifar_resnet8 = partial(_he_cifar, (1, 1, 1))
 cifar_resnet20 = partial(_he_cifar, (3, 3, 3))
 cifar_resnet32 = partial(_he_cifar, (5, 5, 5))
@@ -728,24 +729,18 @@ cifar_plain32 = partial(cifar_resnet32, shortcut="none")
 cifar_plain44 = partial(cifar_resnet44, shortcut="none")
 cifar_plain56 = partial(cifar_resnet56, shortcut="none")
 
-# He et al., arXiv:1603.05027: 9n + 2 layers (section 5), and the 18 layers from above.
-_preact_cifar = partial(
-    ResNet,
-    num_classes=10,
-    widths=(16, 32, 64),
-    strides=(1, 2, 2),
-    cifar_stem=True,
-)
+# He et al., arXiv:1603.05027: 9n + 2 layers (section 5), and the 18 layers from above, whose
+# first block keeps the shape: its shortcut is the stem's output, not activated.
 cifar_preact_resnet18 = partial(
     ResNet, PreActBasicBlock, (2, 2, 2, 2), num_classes=10, cifar_stem=True
 )
-cifar_preact_resnet164 = partial(_preact_cifar, PreActBottleneck, (18, 18, 18))
-cifar_preact_resnet1001 = partial(_preact_cifar, PreActBottleneck, (111, 111, 111))
+cifar_preact_resnet164 = partial(_three_stages, PreActBottleneck, (18, 18, 18))
+cifar_preact_resnet1001 = partial(_three_stages, PreActBottleneck, (111, 111, 111))
 
 # Zagoruyko and Komodakis, arXiv:1605.07146, table 1: 6n + 4 layers, widened from 16/32/64.
-_wrn_cifar = partial(_preact_cifar, PreActBasicBlock, stem_width=16)
-cifar_wrn16_8 = partial(_wrn_cifar, (2, 2, 2), widths=(128, 256, 512))
-cifar_wrn28_10 = partial(_wrn_cifar, (4, 4, 4), widths=(160, 320, 640))
+_wide_cifar = partial(_three_stages, PreActBasicBlock, stem_width=16)
+cifar_wrn16_8 = partial(_wide_cifar, (2, 2, 2), widths=(128, 256, 512))
+cifar_wrn28_10 = partial(_wide_cifar, (4, 4, 4), widths=(160, 320, 640))
 
 # The CIFAR-10 net of the lesson "Lab10-6: ResNet" (Deep Learning Zero To All, season 2).
 lab10_resnet50 = partial(

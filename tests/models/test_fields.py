@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def small(kind="basic", **fields):
+def small(kind="basic", **fields) -> Any:
     return fr.ResNet(**SMALL | KINDS[kind] | fields)
 
 
@@ -101,7 +101,7 @@ def test_without_a_classifier_the_pooled_features_come_out(rng):
 
 def test_vgg_has_features_too(rng):
     x = images_of(rng)
-    model = fr.VGG((1, 1), num_classes=5, widths=(8, 16), hidden=12)
+    model: Any = fr.VGG((1, 1), num_classes=5, widths=(8, 16), hidden=12)
     variables = init(model, x)
     features = model.apply(variables, x, train=False, features=True)
     assert {name: value.shape for name, value in features.items()} == {

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ def variables_of(name):
 def test_parameter_count(name):
     params = variables_of(name)["params"]
     assert sum(p.size for p in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+def test_the_table_of_models_is_up_to_date():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == PARAMETERS
+    assert [name for name, _ in rows] == fr.list_models()
 
 
 @pytest.mark.parametrize("name", MILLIONS)

@@ -292,7 +292,7 @@ def _twins() -> dict[str, Callable[..., nn.Module]]:
 TWINS = _twins()
 
 
-def create(name: str, **fields) -> nn.Module:
+def create(name: str, **fields) -> Any:
     """The twin of `create_model(name, **fields)`, as far as both have these fields."""
     return TWINS[name](**fields)
 
