@@ -83,7 +83,7 @@ def grouped_convolution(
         )
 
     # XLA:CPU needs seconds for the gradient of one grouped convolution of a ResNeXt. The
-    # same with zeros between the groups takes more arithmetic, and a hundredth of the time.
+    # same with zeros between the groups takes more arithmetic, and a sixtieth of the time.
     def dense(x, kernel):
         height, width, depth, planes = kernel.shape
         parts = kernel.reshape(height, width, 1, depth, groups, planes // groups)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.models.resnet import BatchNorm, Conv, Dtype, relu
+from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
 
 class VGG(nn.Module):
@@ -54,23 +54,16 @@ class VGG(nn.Module):
         self, x: jax.Array, *, train: bool, features: bool = False
     ) -> jax.Array | dict[str, jax.Array]:
         self._check(x)
+        conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
+        bn = partial(BatchNorm, train, splits=self.bn_splits, dtype=self.dtype)
         outputs = {}
         index = 0  # in torchvision's `features`, where ReLU and max-pool count too
         for stage, (convs, planes) in enumerate(zip(self.layers, self.widths, strict=True), 1):
             for _ in range(convs):
-                conv = Conv(
-                    planes,
-                    3,
-                    bias_init=nn.initializers.zeros,
-                    dtype=self.dtype,
-                    name=f"features_{index}",
-                )
-                x = conv(x)
+                x = conv(planes, name=f"features_{index}")(x)
                 if self.batch_norm:
                     index += 1
-                    x = BatchNorm(
-                        train, splits=self.bn_splits, dtype=self.dtype, name=f"features_{index}"
-                    )(x)
+                    x = bn(name=f"features_{index}")(x)
                 x = relu(x)
                 index += 2
             x = nn.max_pool(x, (2, 2), (2, 2))

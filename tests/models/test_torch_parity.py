@@ -251,7 +251,10 @@ def test_round_trip_of_every_kind_is_exact(name):
 def test_round_trip_of_vgg_is_exact(batch_norm):
     fields = {"batch_norm": batch_norm, "widths": (8, 16), "hidden": 16}
     twin = torch_resnet.randomize(torch_resnet.VGG((1, 2), **fields))
-    assert_round_trip(fr.VGG((1, 2), **fields), twin.state_dict())
+    state_dict = twin.state_dict()
+    assert_round_trip(fr.VGG((1, 2), **fields), state_dict)
+    gray = state_dict | {"features.0.weight": state_dict["features.0.weight"][:, :1]}
+    assert_round_trip(fr.VGG((1, 2), **fields), gray)
 
 
 @pytest.mark.parametrize("name", fr.list_models())
