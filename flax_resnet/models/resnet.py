@@ -13,7 +13,6 @@ is n / (n - 1) times larger for n = N * H * W values a channel; Flax moves it
 towards the biased one.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -23,35 +22,60 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_resnet.models.convolution import convolution
+from flax_resnet.models.convolution import convolution, grouped_convolution
 
 Dtype = Any
+Initializer = Callable[..., jax.Array]
 
 # torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu")
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+def uniform(limit: float) -> Initializer:
+    """Initialiser on [-limit, limit): torch.nn.Linear's, with limit = fan_in ** -0.5."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
 class Conv(nn.Module):
-    """Convolution of odd size, padded by half of it on every side, without bias.
+    """Convolution of odd size, padded by half of it on every side.
 
     Attributes:
       planes: channels of the output.
       size: height and width of the kernel.
       stride: in both directions.
+      groups: equal parts of the input's channels; the i-th part of the output's is made of
+        the i-th alone, as in torch.nn.Conv2d.
+      bias_init: initial value of the bias; None for no bias.
       dtype: type of the compute.
     """
 
     planes: int
     size: int
     stride: int = 1
+    groups: int = 1
+    bias_init: Initializer | None = None
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.size, self.size, x.shape[-1], self.planes)
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.planes)
         kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return convolution(x, kernel, stride=self.stride, padding=self.size // 2)
+        padding = self.size // 2
+        if self.groups == 1:
+            x = convolution(x, kernel, stride=self.stride, padding=padding)
+        else:
+            x = grouped_convolution(
+                x, kernel, groups=self.groups, stride=self.stride, padding=padding
+            )
+        if self.bias_init is not None:
+            bias = self.param("bias", self.bias_init, (self.planes,), jnp.float32)
+            x += bias.astype(self.dtype)[None, None, None]
+        return x
 
 
 def conv3x3(planes: int, stride: int = 1, **kwargs) -> Conv:
@@ -118,6 +142,41 @@ class BatchNorm(nn.Module):
         return x.reshape(shape).astype(self.dtype)
 
 
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu and He, arXiv:1803.08494), as torch.nn.GroupNorm.
+
+    Its statistics are those of one image, so it is the same in training and evaluation.
+    32 groups, as in the paper, or the most below 32 that divide the channels.
+
+    Attributes:
+      train: of no effect; it stands where `BatchNorm` has it.
+      epsilon, zero_init, dtype: as in `BatchNorm`.
+    """
+
+    train: bool = False
+    epsilon: float = 1e-5
+    zero_init: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        scale = self.param("scale", scale_init, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+
+        shape = x.shape
+        groups = max(n for n in range(1, 33) if channels % n == 0)
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        x = x.reshape(*shape[:3], groups, channels // groups)
+        mean = x.mean((1, 2, 4), keepdims=True)
+        var = jnp.maximum(0, jnp.square(x).mean((1, 2, 4), keepdims=True) - jnp.square(mean))
+        # As in BatchNorm, but one factor an image and a channel.
+        factor = scale.reshape(1, 1, 1, groups, -1) * jax.lax.rsqrt(var + self.epsilon)
+        summand = bias.reshape(1, 1, 1, groups, -1) - mean * factor
+        return (x * factor + summand).reshape(shape).astype(self.dtype)
+
+
 @jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
@@ -130,12 +189,44 @@ def _relu_jvp(primals, tangents):
     return out, jnp.where(out > 0, tangents[0], 0)
 
 
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a factor that the means of all channels decide.
+
+    Hu et al., arXiv:1709.01507, as timm's SEModule: a sixteenth of the channels in
+    between, rounded to a multiple of 8. Maps [N, H, W, C] to the same shape.
+
+    Attributes:
+      dtype: type of the compute.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        planes = x.shape[-1]
+        reduced = max(8, int(planes / 16 + 4) // 8 * 8)
+        means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
+        # torch.nn.Conv2d's initial bias.
+        biases = [uniform(fan_in**-0.5) for fan_in in (planes, reduced)]
+        out = conv1x1(reduced, bias_init=biases[0], dtype=self.dtype, name="fc1")(means)
+        out = relu(out)
+        out = conv1x1(planes, bias_init=biases[1], dtype=self.dtype, name="fc2")(out)
+        return x * nn.sigmoid(out)
+
+
 Norm = Callable[..., nn.Module]
 
 
 def shortcut_connection(
-    x: jax.Array, planes: int, stride: int, kind: str, *, train: bool, norm: Norm, dtype: Dtype
-) -> jax.Array:
+    x: jax.Array,
+    planes: int,
+    stride: int,
+    kind: str,
+    *,
+    train: bool,
+    norm: Norm | None,
+    dtype: Dtype,
+) -> jax.Array | None:
     """Brings a block's input to the shape of its output; x itself where that is its shape.
 
     Args:
@@ -143,136 +234,278 @@ def shortcut_connection(
       planes: channels of the block's output.
       stride: stride of the block.
       kind: "projection", a 1x1 convolution and BatchNorm (option B of He et al.
-        section 4.1), or "identity", every stride-th pixel with zero channels added
-        on both sides (option A), which has no parameters.
+        section 4.1); "identity", every stride-th pixel with zero channels added
+        on both sides (option A), which has no parameters; "average", a projection of
+        the means of stride x stride pixels (ResNet-D of He et al., arXiv:1812.01187,
+        section 4.2), so that it sees every pixel; or "none", no shortcut anywhere.
       train: whether BatchNorm uses the batch's statistics.
-      norm: `BatchNorm`, with fields of its own set or not.
+      norm: `BatchNorm`, with fields of its own set or not; None for a projection
+        without it.
       dtype: type of the compute.
+
+    Returns:
+      None if there is no shortcut.
 
     Raises:
       ValueError: for another kind, or where "identity" would have to drop channels.
     """
-    if kind not in ("projection", "identity"):
-        raise ValueError(f"shortcut is 'projection' or 'identity', not {kind!r}")
+    if kind not in ("projection", "identity", "average", "none"):
+        raise ValueError(f"shortcut is 'projection', 'identity', 'average' or 'none', not {kind!r}")
+    if kind == "none":
+        return None
     if stride == 1 and x.shape[-1] == planes:
         return x
-    if kind == "projection":
-        x = conv1x1(planes, stride, dtype=dtype, name="downsample_conv")(x)
-        return norm(train, dtype=dtype, name="downsample_bn")(x)
-    missing = planes - x.shape[-1]
-    if missing < 0:
-        raise ValueError(f"an identity shortcut cannot go from {x.shape[-1]} to {planes} channels")
-    before = missing // 2
-    x = x[:, ::stride, ::stride]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
+    if kind == "identity":
+        missing = planes - x.shape[-1]
+        if missing < 0:
+            raise ValueError(
+                f"an identity shortcut cannot go from {x.shape[-1]} to {planes} channels"
+            )
+        before = missing // 2
+        x = x[:, ::stride, ::stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
+    names = ["downsample_conv", "downsample_bn"]
+    if kind == "average":
+        names = ["downsample_1", "downsample_2"]  # timm's; 0 is the pooling
+        if stride > 1:
+            padding = [(0, -size % stride) for size in x.shape[1:3]]
+            window = (stride, stride)
+            # Flax takes what its annotation of padding does not allow.
+            x = nn.avg_pool(x, window, window, padding, count_include_pad=False)  # pyright: ignore[reportArgumentType]
+            stride = 1
+    x = conv1x1(planes, stride, dtype=dtype, name=names[0])(x)
+    return x if norm is None else norm(train, dtype=dtype, name=names[1])(x)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and 34.
+class ResidualBlock(nn.Module):
+    """What all blocks have: their fields, their shortcut, and how the two paths meet.
 
-    Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes].
+    Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), expansion * planes].
 
     Attributes:
-      planes: channels of both convolutions.
-      stride: stride of the first one.
-      shortcut: "projection" or "identity" where the shape changes; see
-        `shortcut_connection`.
+      planes: channels of the block's 3x3 convolutions.
+      stride: stride of the first of them.
+      shortcut: see `shortcut_connection`.
       zero_init_residual: start the scale of the last BatchNorm at zero, so that the
         block starts as the identity (Goyal et al., arXiv:1706.02677, section 5.1).
-      norm: `BatchNorm`, with fields of its own set or not.
+      groups, width_per_group: of a bottleneck's 3x3 convolution, which has
+        planes * width_per_group / 64 * groups channels in that many groups; torchvision's
+        names for ResNeXt (Xie et al., arXiv:1611.05431) and wide ResNets.
+      squeeze_excite: end the residual branch with `SqueezeExcite`.
+      stochastic_depth: probability that training leaves the residual branch of an example
+        out; what stays is scaled up to keep the mean. Needs the rng "dropout".
+      norm: `BatchNorm` or `GroupNorm`, with fields of its own set or not.
       dtype: type of the compute.
+
+    Raises (when called):
+      ValueError: names the fields that do not go together.
     """
 
     planes: int
     stride: int = 1
     shortcut: str = "projection"
     zero_init_residual: bool = False
+    groups: int = 1
+    width_per_group: int = 64
+    squeeze_excite: bool = False
+    stochastic_depth: float | jax.Array = 0.0
     norm: Norm = BatchNorm
     dtype: Dtype = jnp.float32
+
+    expansion: ClassVar[int] = 1
+    preactivation: ClassVar[bool] = False
+
+    def _width(self) -> int:
+        """Channels of the first convolutions."""
+        grouping = f"groups={self.groups} and width_per_group={self.width_per_group}"
+        if self.expansion == 1 and (self.groups, self.width_per_group) != (1, 64):
+            raise ValueError(f"{grouping} are for bottlenecks, not {type(self).__name__}")
+        width = int(self.planes * self.width_per_group / 64) * self.groups
+        if width < 1:
+            raise ValueError(f"{grouping} leave no channels of planes={self.planes}")
+        return width
+
+    def _drops_branch(self) -> bool:
+        # Under scan_blocks the rate is traced.
+        return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
+
+    def _shortcut(self, x: jax.Array, train: bool) -> jax.Array | None:
+        if self.shortcut == "none" and self._drops_branch():
+            raise ValueError("stochastic_depth needs a shortcut: shortcut='none' leaves nothing")
+        if self.zero_init_residual and (self.preactivation or self.shortcut == "none"):
+            raise ValueError(
+                "zero_init_residual=True needs a shortcut, and a BatchNorm at the end of the "
+                f"residual branch: not {type(self).__name__} with shortcut={self.shortcut!r}"
+            )
+        return shortcut_connection(
+            x,
+            self.planes * self.expansion,
+            self.stride,
+            self.shortcut,
+            train=train,
+            norm=None if self.preactivation else self.norm,
+            dtype=self.dtype,
+        )
+
+    def _join(self, branch: jax.Array, shortcut: jax.Array | None, train: bool) -> jax.Array:
+        """Residual branch and shortcut as one."""
+        if self.squeeze_excite:
+            branch = SqueezeExcite(self.dtype, name="se")(branch)
+        if train and self._drops_branch():
+            survival = 1 - self.stochastic_depth
+            examples = (len(branch), 1, 1, 1)
+            keep = jax.random.bernoulli(self.make_rng("dropout"), survival, examples)
+            branch = jnp.where(keep, branch / survival, 0).astype(self.dtype)
+        return branch if shortcut is None else branch + shortcut
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and a shortcut: the block of ResNet-18 and 34.
+
+    See `ResidualBlock` for its fields.
+    """
 
     expansion: ClassVar[int] = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        out_planes = self.planes * self.expansion
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
-        identity = shortcut_connection(
-            x, out_planes, self.stride, self.shortcut, train=train, norm=self.norm, dtype=dtype
-        )
+        identity = self._shortcut(x, train)
 
-        out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv1")(x)
+        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(x)
         out = norm(name="bn1")(out)
         out = relu(out)
 
-        out = conv3x3(out_planes, dtype=dtype, name="conv2")(out)
+        out = conv3x3(self.planes, dtype=dtype, name="conv2")(out)
         out = norm(name="bn2", zero_init=self.zero_init_residual)(out)
 
-        return relu(out + identity)
+        return relu(self._join(out, identity, train))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: the block of ResNet-50 and deeper.
 
-    The stride sits on the 3x3 convolution, as in torchvision ("v1.5"). Maps
-    [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), 4 * planes].
-
-    Attributes:
-      planes: channels of the first two convolutions; the third has 4 times as many.
-      stride: stride of the 3x3 convolution.
-      shortcut, zero_init_residual, norm, dtype: as in `BasicBlock`.
+    The stride sits on the 3x3 convolution, as in torchvision ("v1.5"). The output has
+    4 * planes channels. See `ResidualBlock` for its fields.
     """
-
-    planes: int
-    stride: int = 1
-    shortcut: str = "projection"
-    zero_init_residual: bool = False
-    norm: Norm = BatchNorm
-    dtype: Dtype = jnp.float32
 
     expansion: ClassVar[int] = 4
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        out_planes = self.planes * self.expansion
-        dtype = self.dtype
+        width, dtype = self._width(), self.dtype
         norm = partial(self.norm, train, dtype=dtype)
-        identity = shortcut_connection(
-            x, out_planes, self.stride, self.shortcut, train=train, norm=self.norm, dtype=dtype
-        )
+        identity = self._shortcut(x, train)
 
-        out = conv1x1(self.planes, dtype=dtype, name="conv1")(x)
+        out = conv1x1(width, dtype=dtype, name="conv1")(x)
         out = norm(name="bn1")(out)
         out = relu(out)
 
-        out = conv3x3(self.planes, self.stride, dtype=dtype, name="conv2")(out)
+        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
         out = norm(name="bn2")(out)
         out = relu(out)
 
-        out = conv1x1(out_planes, dtype=dtype, name="conv3")(out)
+        out = conv1x1(self.planes * self.expansion, dtype=dtype, name="conv3")(out)
         out = norm(name="bn3", zero_init=self.zero_init_residual)(out)
 
-        return relu(out + identity)
+        return relu(self._join(out, identity, train))
+
+
+class PreActBasicBlock(ResidualBlock):
+    """`BasicBlock` with BatchNorm and ReLU before each convolution, and none after the sum.
+
+    He et al., "Identity Mappings in Deep Residual Networks", arXiv:1603.05027. The
+    shortcut is a path without any operation; where the shape changes it is a 1x1
+    convolution of what the residual branch starts from, as in the authors' code.
+
+    Attributes:
+      dropout: share of the values that training sets to zero before the second
+        convolution (Zagoruyko and Komodakis, arXiv:1605.07146, section 2.4). Needs the rng
+        "dropout".
+      and those of `ResidualBlock`.
+    """
+
+    dropout: float = 0.0
+
+    preactivation: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        dtype = self.dtype
+        norm = partial(self.norm, train, dtype=dtype)
+
+        out = relu(norm(name="bn1")(x))
+        changes = self.stride != 1 or x.shape[-1] != self.planes
+        identity = self._shortcut(out if changes else x, train)
+        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(out)
+
+        out = relu(norm(name="bn2")(out))
+        out = nn.Dropout(self.dropout, deterministic=not train)(out)
+        out = conv3x3(self.planes, dtype=dtype, name="conv2")(out)
+
+        return self._join(out, identity, train)
+
+
+class PreActBottleneck(ResidualBlock):
+    """`Bottleneck` in the order of `PreActBasicBlock`."""
+
+    expansion: ClassVar[int] = 4
+    preactivation: ClassVar[bool] = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width, dtype = self._width(), self.dtype
+        out_planes = self.planes * self.expansion
+        norm = partial(self.norm, train, dtype=dtype)
+
+        out = relu(norm(name="bn1")(x))
+        changes = self.stride != 1 or x.shape[-1] != out_planes
+        identity = self._shortcut(out if changes else x, train)
+        out = conv1x1(width, dtype=dtype, name="conv1")(out)
+
+        out = relu(norm(name="bn2")(out))
+        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
+
+        out = relu(norm(name="bn3")(out))
+        out = conv1x1(out_planes, dtype=dtype, name="conv3")(out)
+
+        return self._join(out, identity, train)
 
 
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling and a linear classifier.
 
-    `model.init(key, x, train=False)` gives {"params", "batch_stats"};
-    `model.apply(variables, x, train=False)` gives float32 logits [N, num_classes];
-    with `train=True` BatchNorm uses the batch's statistics, and
-    `mutable=["batch_stats"]` returns the moved running ones beside the logits.
+    `model.init(key, x, train=False)` gives {"params", "batch_stats"}, or {"params"} for a
+    net without BatchNorm; `model.apply(variables, x, train=False)` gives float32 logits
+    [N, num_classes]; with `train=True` BatchNorm uses the batch's statistics, and
+    `mutable=["batch_stats"]` returns the moved running ones beside the logits. Training
+    with dropout or stochastic depth also takes `rngs={"dropout": key}`. Images may have
+    any number of channels; the variables are made for that of `init`.
+
+    With `features=True` what comes back is a dict of all that lies on the way, by name:
+    "stem", [N, H, W, C] as the first block takes it; "layer1", "layer2", ..., what each
+    stage gives; "pooled", float32 [N, C]; and "logits", if there is a classifier.
 
     Attributes:
-      block: `BasicBlock` or `Bottleneck`.
+      block: `BasicBlock`, `Bottleneck`, `PreActBasicBlock` or `PreActBottleneck`.
       layers: number of blocks of each stage.
-      num_classes: number of logits.
-      zero_init_residual: see `BasicBlock`.
-      widths: `planes` of each stage; the stem has the first stage's.
+      num_classes: number of logits; 0 for no classifier, and the pooled features instead.
+      zero_init_residual: see `ResidualBlock`.
+      widths: `planes` of each stage.
       strides: stride of the first block of each stage.
       cifar_stem: a 3x3 convolution with stride 1 for small images, in place of the
         7x7 convolution with stride 2 and the 3x3 max-pool with stride 2.
-      shortcut: "projection" or "identity"; see `shortcut_connection`.
+      shortcut: "projection", "identity", "average" or "none" (a plain net); see
+        `shortcut_connection`.
+      deep_stem: three 3x3 convolutions in place of the 7x7 one, the first two with half of
+        the stem's channels (ResNet-C of He et al., arXiv:1812.01187, section 4.2).
+      stem_width: channels of the stem's output; None for those of the first stage.
+      groups, width_per_group, squeeze_excite: see `ResidualBlock`.
+      norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay.
+      dropout: see `PreActBasicBlock`; no other block has it.
+      stochastic_depth: that of the last block; the l-th of L blocks has l / L of it
+        (Huang et al., arXiv:1603.09382, equation 4).
       scan_blocks: run the blocks of a stage but the first under `lax.scan`, so that the
         time to compile does not grow with their number. The variables have the same
         names and values either way; see also `stack_blocks`. For GPU and TPU: XLA:CPU
@@ -281,11 +514,10 @@ class ResNet(nn.Module):
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
-      ValueError: if x is not 4-dimensional, or layers, widths and strides differ in
-        length.
+      ValueError: if x is not 4-dimensional, or names the fields that do not go together.
     """
 
-    block: type[BasicBlock] | type[Bottleneck]
+    block: type[ResidualBlock]
     layers: Sequence[int]
     num_classes: int = 1000
     zero_init_residual: bool = False
@@ -293,12 +525,93 @@ class ResNet(nn.Module):
     strides: Sequence[int] = (1, 2, 2, 2)
     cifar_stem: bool = False
     shortcut: str = "projection"
+    deep_stem: bool = False
+    stem_width: int | None = None
+    groups: int = 1
+    width_per_group: int = 64
+    squeeze_excite: bool = False
+    norm: str = "batch"
+    dropout: float = 0.0
+    stochastic_depth: float = 0.0
     scan_blocks: bool = False
     bn_splits: int = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, features: bool = False
+    ) -> jax.Array | dict[str, jax.Array]:
+        self._check(x)
+        norms = {"batch": partial(BatchNorm, splits=self.bn_splits), "group": GroupNorm}
+        norm = norms[self.norm]
+        bn = partial(norm, train, dtype=self.dtype)
+        outputs = {}
+
+        planes = self.stem_width or self.widths[0]
+        if self.cifar_stem:
+            x = conv3x3(planes, dtype=self.dtype, name="conv1")(x)
+        elif self.deep_stem:
+            # torch.nn.Sequential's numbers; 2 and 5 are ReLU.
+            x = conv3x3(planes // 2, 2, dtype=self.dtype, name="conv1_0")(x)
+            x = relu(bn(name="conv1_1")(x))
+            x = conv3x3(planes // 2, dtype=self.dtype, name="conv1_3")(x)
+            x = relu(bn(name="conv1_4")(x))
+            x = conv3x3(planes, dtype=self.dtype, name="conv1_6")(x)
+        else:
+            x = Conv(planes, 7, stride=2, dtype=self.dtype, name="conv1")(x)
+        if not self.block.preactivation:
+            x = bn(name="bn1")(x)
+            x = relu(x)
+        if not self.cifar_stem:
+            # Flax takes what its annotation of padding does not allow.
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        outputs["stem"] = x
+
+        fields: dict[str, Any] = {"dropout": self.dropout} if self.dropout else {}
+        block = partial(
+            self.block,
+            shortcut=self.shortcut,
+            zero_init_residual=self.zero_init_residual,
+            groups=self.groups,
+            width_per_group=self.width_per_group,
+            squeeze_excite=self.squeeze_excite,
+            norm=norm,
+            dtype=self.dtype,
+            **fields,
+        )
+        rise = self.stochastic_depth / sum(self.layers)
+        done = 0
+        stages = zip(self.layers, self.widths, self.strides, strict=True)
+        for stage, (blocks, planes, stride) in enumerate(stages, start=1):
+            names = [f"layer{stage}_{i}" for i in range(blocks)]
+            rates = [rise * (done + i) for i in range(1, blocks + 1)]
+            done += blocks
+            x = block(planes, stride, stochastic_depth=rates[0], name=names[0])(x, train=train)
+            if self.scan_blocks and blocks > 1 and not self.is_initializing():
+                x = self._scan(block(planes, parent=None), stage, rates[1:], x, train)
+            else:
+                for name, rate in zip(names[1:], rates[1:], strict=True):
+                    x = block(planes, stochastic_depth=rate, name=name)(x, train=train)
+            outputs[f"layer{stage}"] = x
+        if self.block.preactivation:
+            x = relu(bn(name="bn")(x))
+
+        # Pooling and the classifier cost next to nothing: never in half precision.
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
+        outputs["pooled"] = x
+        if self.num_classes:
+            x = nn.Dense(
+                self.num_classes,
+                kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+                bias_init=uniform(x.shape[-1] ** -0.5),
+                dtype=x.dtype,
+                name="fc",
+            )(x)
+            outputs["logits"] = x
+        return outputs if features else x
+
+    def _check(self, x: jax.Array) -> None:
+        """Raises ValueError where x or the fields make no sense; blocks check their own."""
         if x.ndim != 4:
             raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
         if not len(self.layers) == len(self.widths) == len(self.strides):
@@ -306,70 +619,57 @@ class ResNet(nn.Module):
                 "layers, widths and strides have one entry a stage, not "
                 f"{len(self.layers)}, {len(self.widths)} and {len(self.strides)}"
             )
-
-        norm = partial(BatchNorm, splits=self.bn_splits)
-        if self.cifar_stem:
-            x = conv3x3(self.widths[0], dtype=self.dtype, name="conv1")(x)
-        else:
-            x = Conv(self.widths[0], 7, stride=2, dtype=self.dtype, name="conv1")(x)
-        x = norm(train, dtype=self.dtype, name="bn1")(x)
-        x = relu(x)
-        if not self.cifar_stem:
-            # Flax takes what its annotation of padding does not allow.
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
-
-        stages = zip(self.layers, self.widths, self.strides, strict=True)
-        for stage, (blocks, planes, stride) in enumerate(stages, start=1):
-            block = partial(
-                self.block,
-                planes,
-                shortcut=self.shortcut,
-                zero_init_residual=self.zero_init_residual,
-                norm=norm,
-                dtype=self.dtype,
-            )
-            x = block(stride, name=f"layer{stage}_0")(x, train=train)
-            if self.scan_blocks and blocks > 1 and not self.is_initializing():
-                x = self._scan(block(parent=None), stage, blocks, x, train)
-            else:
-                for i in range(1, blocks):
-                    x = block(name=f"layer{stage}_{i}")(x, train=train)
-
-        # Pooling and the classifier cost next to nothing: never in half precision.
-        x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
-        return nn.Dense(
-            self.num_classes,
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-            bias_init=_uniform(x.shape[-1] ** -0.5),
-            dtype=x.dtype,
-            name="fc",
-        )(x)
+        if min(self.layers) < 1:
+            raise ValueError(f"layers are at least 1 block a stage, not {tuple(self.layers)}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is 0 for no classifier, or more: not {self.num_classes}")
+        if self.cifar_stem and self.deep_stem:
+            raise ValueError("cifar_stem and deep_stem are two stems: set one of them")
+        if self.stem_width is not None and self.stem_width < 1 + self.deep_stem:
+            raise ValueError(f"stem_width={self.stem_width} is too small for a stem")
+        if self.norm not in ("batch", "group"):
+            raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
+        if self.norm == "group" and self.bn_splits != 1:
+            raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is from 0 to below 1, not {getattr(self, name)}")
+        if self.dropout and not issubclass(self.block, PreActBasicBlock):
+            raise ValueError(f"dropout is for PreActBasicBlock, not {self.block.__name__}")
 
     def _scan(
-        self, block: nn.Module, stage: int, blocks: int, x: jax.Array, train: bool
+        self, block: ResidualBlock, stage: int, rates: Sequence[float], x: jax.Array, train: bool
     ) -> jax.Array:
         """Runs the blocks of a stage but the first in a `lax.scan` over their variables.
 
         These are stacked for it, unless they come as `stack_blocks` leaves them.
         """
         rest = f"layer{stage}_rest"
-        names = [f"layer{stage}_{i}" for i in range(1, blocks)]
+        names = [f"layer{stage}_{i}" for i in range(1, len(rates) + 1)]
         is_stacked = rest in self.variables["params"]
 
         def of_each(kind):
             variables = self.variables[kind]
             return variables[rest] if is_stacked else _stack([variables[name] for name in names])
 
-        def run(x, variables):
-            x, updates = block.apply(variables, x, train=train, mutable=["batch_stats"])
-            return x, updates["batch_stats"]
+        def run(x, of_one):
+            variables, key, rate = of_one
+            one = block if rate is None else block.clone(stochastic_depth=rate)
+            rngs = None if key is None else {"dropout": key}
+            x, updates = one.apply(variables, x, train=train, mutable=["batch_stats"], rngs=rngs)
+            return x, updates.get("batch_stats")
 
-        x, batch_stats = jax.lax.scan(
-            run, x, {kind: of_each(kind) for kind in ("params", "batch_stats")}
-        )
-        if train and is_stacked:
+        kinds = [kind for kind in ("params", "batch_stats") if kind in self.variables]
+        keys = scanned_rates = None
+        if train and (self.dropout or self.stochastic_depth):
+            keys = jax.random.split(self.make_rng("dropout"), len(names))
+        if self.stochastic_depth:
+            scanned_rates = jnp.array(rates)
+        variables = {kind: of_each(kind) for kind in kinds}
+        x, batch_stats = jax.lax.scan(run, x, (variables, keys, scanned_rates))
+        if train and batch_stats and is_stacked:
             self.put_variable("batch_stats", rest, batch_stats)
-        elif train:
+        elif train and batch_stats:
             for i, name in enumerate(names):
                 self.put_variable("batch_stats", name, jax.tree.map(itemgetter(i), batch_stats))
         return x
@@ -432,15 +732,6 @@ def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *trees)
 
 
-def _uniform(limit: float) -> Callable[..., jax.Array]:
-    """Initialiser on [-limit, limit): torch.nn.Linear's, with limit = fan_in ** -0.5."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-    return init
-
-
 # He et al. table 1: 224x224 images, 1000 classes.
 resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
 resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
@@ -448,23 +739,45 @@ resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
 resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
 resnet152 = partial(ResNet, Bottleneck, (3, 8, 36, 3))
 
-# The same for 32x32 images and 10 classes.
+# Zagoruyko and Komodakis, arXiv:1605.07146, table 8: twice as wide inside of the blocks.
+wide_resnet50_2 = partial(resnet50, width_per_group=128)
+wide_resnet101_2 = partial(resnet101, width_per_group=128)
+
+# Xie et al., arXiv:1611.05431, table 1 and section 5.1.
+resnext50_32x4d = partial(resnet50, groups=32, width_per_group=4)
+resnext101_32x8d = partial(resnet101, groups=32, width_per_group=8)
+resnext101_64x4d = partial(resnet101, groups=64, width_per_group=4)
+
+# He et al., "Bag of Tricks", arXiv:1812.01187, section 4.2, as in timm.
+resnet18d = partial(resnet18, deep_stem=True, shortcut="average")
+resnet34d = partial(resnet34, deep_stem=True, shortcut="average")
+resnet50d = partial(resnet50, deep_stem=True, shortcut="average")
+resnet101d = partial(resnet101, deep_stem=True, shortcut="average")
+resnet152d = partial(resnet152, deep_stem=True, shortcut="average")
+
+# Hu et al., arXiv:1709.01507, table 2, as in timm.
+seresnet50 = partial(resnet50, squeeze_excite=True)
+seresnet101 = partial(resnet101, squeeze_excite=True)
+seresnet152 = partial(resnet152, squeeze_excite=True)
+
+# He et al. figure 3 and table 2: the same layers without shortcuts.
+plain18 = partial(resnet18, shortcut="none")
+plain34 = partial(resnet34, shortcut="none")
+
+# The first five for 32x32 images and 10 classes.
 cifar_resnet18 = partial(resnet18, num_classes=10, cifar_stem=True)
 cifar_resnet34 = partial(resnet34, num_classes=10, cifar_stem=True)
 cifar_resnet50 = partial(resnet50, num_classes=10, cifar_stem=True)
 cifar_resnet101 = partial(resnet101, num_classes=10, cifar_stem=True)
 cifar_resnet152 = partial(resnet152, num_classes=10, cifar_stem=True)
 
-# He et al. section 4.2: 6n + 2 layers in three stages, shortcuts without parameters.
-_he_cifar = partial(
-    ResNet,
-    BasicBlock,
-    num_classes=10,
-    widths=(16, 32, 64),
-    strides=(1, 2, 2),
-    cifar_stem=True,
-    shortcut="identity",
+# Three stages, which papers on CIFAR have.
+_three_stages = partial(
+    ResNet, num_classes=10, widths=(16, 32, 64), strides=(1, 2, 2), cifar_stem=True
 )
+
+# He et al. section 4.2: 6n + 2 layers, shortcuts without parameters.
+_he_cifar = partial(_three_stages, BasicBlock, shortcut="identity")
 cifar_resnet8 = partial(_he_cifar, (1, 1, 1))
 cifar_resnet20 = partial(_he_cifar, (3, 3, 3))
 cifar_resnet32 = partial(_he_cifar, (5, 5, 5))
@@ -472,6 +785,23 @@ cifar_resnet44 = partial(_he_cifar, (7, 7, 7))
 cifar_resnet56 = partial(_he_cifar, (9, 9, 9))
 cifar_resnet110 = partial(_he_cifar, (18, 18, 18))
 cifar_resnet1202 = partial(_he_cifar, (200, 200, 200))
+cifar_plain20 = partial(cifar_resnet20, shortcut="none")
+cifar_plain32 = partial(cifar_resnet32, shortcut="none")
+cifar_plain44 = partial(cifar_resnet44, shortcut="none")
+cifar_plain56 = partial(cifar_resnet56, shortcut="none")
+
+# He et al., arXiv:1603.05027: 9n + 2 layers (section 5), and the 18 layers from above, whose
+# first block keeps the shape: its shortcut is the stem's output, not activated.
+cifar_preact_resnet18 = partial(
+    ResNet, PreActBasicBlock, (2, 2, 2, 2), num_classes=10, cifar_stem=True
+)
+cifar_preact_resnet164 = partial(_three_stages, PreActBottleneck, (18, 18, 18))
+cifar_preact_resnet1001 = partial(_three_stages, PreActBottleneck, (111, 111, 111))
+
+# Zagoruyko and Komodakis, arXiv:1605.07146, table 1: 6n + 4 layers, widened from 16/32/64.
+_wide_cifar = partial(_three_stages, PreActBasicBlock, stem_width=16)
+cifar_wrn16_8 = partial(_wide_cifar, (2, 2, 2), widths=(128, 256, 512))
+cifar_wrn28_10 = partial(_wide_cifar, (4, 4, 4), widths=(160, 320, 640))
 
 # The CIFAR-10 net of the lesson "Lab10-6: ResNet" (Deep Learning Zero To All, season 2).
 lab10_resnet50 = partial(
@@ -483,46 +813,3 @@ lab10_resnet50 = partial(
     strides=(1, 1, 2, 2),
     cifar_stem=True,
 )
-
-_MODELS: dict[str, Callable[..., ResNet]] = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "cifar_resnet18": cifar_resnet18,
-    "cifar_resnet34": cifar_resnet34,
-    "cifar_resnet50": cifar_resnet50,
-    "cifar_resnet101": cifar_resnet101,
-    "cifar_resnet152": cifar_resnet152,
-    "cifar_resnet8": cifar_resnet8,
-    "cifar_resnet20": cifar_resnet20,
-    "cifar_resnet32": cifar_resnet32,
-    "cifar_resnet44": cifar_resnet44,
-    "cifar_resnet56": cifar_resnet56,
-    "cifar_resnet110": cifar_resnet110,
-    "cifar_resnet1202": cifar_resnet1202,
-    "lab10_resnet50": lab10_resnet50,
-}
-
-
-def list_models() -> list[str]:
-    """Names that `create_model` takes."""
-    return list(_MODELS)
-
-
-def create_model(name: str, **fields) -> ResNet:
-    """The model of that name, e.g. `create_model("cifar_resnet18", num_classes=100)`.
-
-    Args:
-      name: one of `list_models()`.
-      **fields: fields of `ResNet` to set: num_classes, dtype, zero_init_residual, ...
-
-    Raises:
-      ValueError: if there is no such model.
-      TypeError: if `ResNet` has no such field.
-    """
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3) or _MODELS
-        raise ValueError(f"unknown model {name!r}: did you mean {', '.join(near)}?")
-    return _MODELS[name](**fields)

@@ -1,10 +1,17 @@
 """PyTorch state_dicts to our variables and back, by one mechanical rule.
 
-The names of the modules are PyTorch's but for two spellings: `layer1.0` is
-`layer1_0`, and `downsample.0` and `.1` are `downsample_conv` and `downsample_bn`.
+The names of the modules are PyTorch's but for two spellings: a number that PyTorch's name
+has after a dot stands after an underscore, as in `layer1_0` for `layer1.0`, `conv1_3` or
+`features_0`; and `downsample.0` and `.1` are `downsample_conv` and `downsample_bn`.
 So `layer1.0.conv1.weight` [O, I, H, W] is `params/layer1_0/conv1/kernel`
-[H, W, I, O]. BatchNorm's weight and bias are scale and bias in `params`; its
-running_mean and running_var are mean and var in `batch_stats`, unchanged.
+[H, W, I, O]. BatchNorm's and GroupNorm's weight and bias are scale and bias in `params`;
+BatchNorm's running_mean and running_var are mean and var in `batch_stats`, unchanged.
+
+The names are those of torchvision (resnet, wide_resnet, resnext, vgg) and timm (resnet*d,
+seresnet*), whose published weights fit. With norm="group" the modules are called bn1, ...
+all the same, as they are where PyTorch's code is given another norm_layer. Pre-activation
+nets have bn1, conv1, bn2, ... in their blocks, `downsample.0`, a convolution alone, where
+the shape changes, and `bn` before the pooling.
 """
 
 import re
@@ -24,18 +31,19 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+_FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
 
 
 def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of `model` with a PyTorch model's weights.
 
     Args:
-      model: a `ResNet` or one of its blocks.
-      state_dict: what `state_dict()` of its PyTorch twin returns, with torchvision's
-        names; values are tensors or arrays. num_batches_tracked is left out.
+      model: a `ResNet`, a `VGG` or a block.
+      state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
+        channels; values are tensors or arrays. num_batches_tracked is left out.
 
     Returns:
-      {"params": ..., "batch_stats": ...}, float32 copies.
+      {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
 
     Raises:
       ValueError: lists every entry that is missing, left over or of another shape.
@@ -45,8 +53,8 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
         for name, value in state_dict.items()
         if not name.endswith("num_batches_tracked")
     }
-    first = arrays.get("conv1.weight")
-    channels = first.shape[1] if first is not None and first.ndim == 4 else 3
+    firsts = [arrays[name] for name in _FIRST_CONVOLUTIONS if name in arrays]
+    channels = firsts[0].shape[1] if firsts and firsts[0].ndim == 4 else 3
     # 64 pixels are enough for any stem; the shapes of the variables do not depend on it.
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
     shapes: dict[tuple[str, ...], Any] = flatten_dict(
@@ -79,13 +87,13 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     where a BatchNorm has momentum=None.
 
     Args:
-      model: a `ResNet` or one of its blocks.
+      model: a `ResNet`, a `VGG` or a block.
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
     """
     import torch
 
     del model  # the names tell all; the argument mirrors `from_torch`
-    flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats")})
+    flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
     state_dict = {}
     for path, array in flat.items():
         name = _torch_name(path)
@@ -99,10 +107,9 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
 def _torch_name(path: tuple[str, ...]) -> str:
     _, *modules, leaf = path
     name = ".".join([*modules, _LEAVES[leaf]])
-    name = re.sub(r"\b(layer\d+)_(\d+)\.", r"\1.\2.", name)
-    return name.replace("downsample_conv.", "downsample.0.").replace(
-        "downsample_bn.", "downsample.1."
-    )
+    name = name.replace("downsample_conv.", "downsample.0.")
+    name = name.replace("downsample_bn.", "downsample.1.")
+    return re.sub(r"_(\d+)\.", r".\1.", name)
 
 
 def _to_layout(array: np.ndarray) -> np.ndarray:

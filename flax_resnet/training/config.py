@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from flax_resnet.errors import InputError
-from flax_resnet.models import create_model
+from flax_resnet.models import ResNet, create_model
 
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -47,9 +47,9 @@ class Config:
     crop_padding: int = 4
     horizontal_flip: bool = True
 
-    # One of fr.list_models(), and the fields of ResNet that differ from its own.
+    # One of fr.list_models(), and the fields of ResNet or VGG that differ from its own.
     model: str = "cifar_resnet18"
-    model_fields: Mapping[str, Any] = field(default_factory=lambda: {"zero_init_residual": False})
+    model_fields: Mapping[str, Any] = field(default_factory=dict)
     # Type of the compute; "auto" is bfloat16 on GPU and TPU and float32 on CPU.
     dtype: str = "auto"
 
@@ -92,6 +92,8 @@ class Config:
     on_nan: str = "stop"
 
 
+_DECIDED_BY_OTHER_KEYS = {"num_classes", "dtype", "bn_splits", "weights"}
+
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
@@ -123,12 +125,21 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def default_config() -> ConfigDict:
-    """Every key of `Config` with its default, for a recipe to change."""
+    """Every key of `Config` with its default, for a recipe to change.
+
+    `model_fields` has the fields of `ResNet` that are one number or word; None, as all of
+    them are, leaves a field as the model has it.
+    """
     config = ConfigDict(dataclasses.asdict(Config()))
-    for name, hint in typing.get_type_hints(Config).items():
-        if config[name] is None:
-            del config[name]
-            config[name] = config_dict.placeholder(typing.get_args(hint)[0])
+    fields = typing.get_type_hints(ResNet)
+    for name in _DECIDED_BY_OTHER_KEYS:
+        fields.pop(name, None)
+    for values, hints in ((config, typing.get_type_hints(Config)), (config.model_fields, fields)):
+        for name, hint in hints.items():
+            kind = next(iter(typing.get_args(hint)), hint)
+            if kind in (bool, int, float, str) and values.get(name) is None:
+                values.pop(name, None)
+                values[name] = config_dict.placeholder(kind)
     return config
 
 
@@ -180,13 +191,13 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """As the fields of `Config` have it, whether from Python, a ConfigDict or a JSON file."""
-    if isinstance(value, ConfigDict):
-        return value.to_dict()
+    if isinstance(value, Mapping | ConfigDict):  # model_fields
+        return {name: field for name, field in dict(value).items() if field is not None}
     return tuple(value) if isinstance(value, list) else value
 
 
 def _model_problems(run: Config) -> list[str]:
-    taken = {"num_classes", "dtype", "weights", "bn_splits"} & set(run.model_fields)
+    taken = _DECIDED_BY_OTHER_KEYS & set(run.model_fields)
     if taken:
         return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

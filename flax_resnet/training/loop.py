@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flax_resnet.errors import InputError
-from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
+from flax_resnet.models import VGG, ResNet, native, stack_blocks, unstack_blocks
 from flax_resnet.training import hosts, programs
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
@@ -91,7 +91,7 @@ class _Run:
     workdir: Path
     mesh: Mesh
     data: Data
-    model: ResNet
+    model: ResNet | VGG
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     steps_per_epoch: int
@@ -100,6 +100,10 @@ class _Run:
     @property
     def num_epochs(self) -> int:
         return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def scans_blocks(self) -> bool:
+        return isinstance(self.model, ResNet) and self.model.scan_blocks
 
     def learning_rate_of(self, step: int) -> float:
         return float(jnp.asarray(self.learning_rate(step)))
@@ -167,7 +171,7 @@ def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
     restored = checkpoints.restore(shapes)
     if restored is not None:
         return restored
-    if run.model.scan_blocks:  # many blocks, each of which would be compiled
+    if run.scans_blocks:  # many blocks, each of which would be compiled
         return jax.device_put(create(init_key), everywhere), History()
     # It runs once: seconds of optimisation would not pay.
     options = {"xla_backend_optimization_level": "0"}
@@ -196,7 +200,7 @@ def _train_on(
             return state
 
         started = time.perf_counter()
-        if run.model.scan_blocks:
+        if run.scans_blocks:
             state = stack_blocks(state)
         feed = stack.enter_context(_open_feed(run, state, done_steps, history.rollbacks))
         say(f"compiled in {time.perf_counter() - started:.1f} s")

@@ -8,6 +8,7 @@ are those of the global batch unless the config says otherwise.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnet.data import augment, normalize
 from flax_resnet.errors import InputError
-from flax_resnet.models import ResNet, create_model
+from flax_resnet.models import VGG, ResNet, create_model
 from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, train_step
 
@@ -56,7 +57,7 @@ def by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def build_model(config: Config, num_classes: int, mesh: Mesh) -> ResNet:
+def build_model(config: Config, num_classes: int, mesh: Mesh) -> ResNet | VGG:
     """The model of a config; dtype "auto" is bfloat16 on GPU and TPU."""
     dtype = config.dtype
     if dtype == "auto":
@@ -75,7 +76,7 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 def make_train_step(
     config: Config,
-    model: ResNet,
+    model: nn.Module,
     optimizer: optax.GradientTransformation,
     *,
     statistics: Statistics,
@@ -92,11 +93,13 @@ def make_train_step(
       model, optimizer: see `train_step`.
       statistics: mean and std of each channel, for `normalize`.
       steps_per_epoch: steps after which augmentation begins anew.
-      rollbacks: how often the run has gone back; each gives another augmentation.
+      rollbacks: how often the run has gone back; each gives other augmentation and dropout.
     """
-    _, augment_key = random_keys(config.seed)
+    init_key, augment_key = random_keys(config.seed)
+    dropout_key = jax.random.fold_in(init_key, 1)
     if rollbacks:
         augment_key = jax.random.fold_in(augment_key, rollbacks)
+        dropout_key = jax.random.fold_in(dropout_key, rollbacks)
 
     def step(state, batch):
         images = augment(
@@ -113,12 +116,13 @@ def make_train_step(
             optimizer=optimizer,
             label_smoothing=config.label_smoothing,
             accumulation_steps=config.accumulation_steps,
+            dropout_key=dropout_key,
         )
 
     return step
 
 
-def make_eval_step(model: ResNet, *, statistics: Statistics) -> EvalStep:
+def make_eval_step(model: nn.Module, *, statistics: Statistics) -> EvalStep:
     """(state, batch) -> sums over a batch of "image", uint8, "label" and "mask"."""
 
     def step(state, batch):

@@ -19,7 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32 [], number of steps done.
       params: float32 parameters of the model.
-      batch_stats: float32 running statistics of BatchNorm.
+      batch_stats: float32 running statistics of BatchNorm; {} for a model without it.
       opt_state: state of the optax optimizer.
     """
 
@@ -43,7 +43,7 @@ def create_state(
     """The state before the first step.
 
     Args:
-      model: a ResNet.
+      model: a ResNet or VGG.
       optimizer: see `sgd`.
       key: of the initial weights.
       image_shape: (H, W, C).
@@ -52,7 +52,7 @@ def create_state(
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],
-        batch_stats=variables["batch_stats"],
+        batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
     )
 
@@ -65,6 +65,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of training.
 
@@ -79,39 +80,46 @@ def train_step(
       label_smoothing: share of the target spread evenly over all classes, as in
         torch.nn.CrossEntropyLoss.
       accumulation_steps: parts of the batch; divides N.
+      dropout_key: of dropout and stochastic depth, the same in every step of a run: what a
+        step draws depends on it, the number of the step and the part of the batch.
 
     Returns:
       The state after the step, and the batch's mean "loss" and "accuracy", float32 [].
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
-    def loss_fn(params, batch_stats, image, label):
+    def loss_fn(params, batch_stats, key, image, label):
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
             image,
             train=True,
             mutable=["batch_stats"],
+            rngs=None if key is None else {"dropout": key},
         )
         targets = jax.nn.one_hot(label, logits.shape[-1])
         targets = optax.smooth_labels(targets, label_smoothing)
         loss = optax.softmax_cross_entropy(logits, targets).mean()
         accuracy = jnp.mean(logits.argmax(-1) == label, dtype=jnp.float32)
-        return loss, (updates["batch_stats"], {"loss": loss, "accuracy": accuracy})
+        return loss, (updates.get("batch_stats", {}), {"loss": loss, "accuracy": accuracy})
 
     gradient = jax.grad(loss_fn, has_aux=True)
 
-    def part(batch_stats, batch):
+    def part(carry, batch):
+        batch_stats, key = carry
         grads, (batch_stats, metrics) = gradient(
-            state.params, batch_stats, batch["image"], batch["label"]
+            state.params, batch_stats, key, batch["image"], batch["label"]
         )
-        return batch_stats, (grads, metrics)
+        # The next part draws anew.
+        key = None if key is None else jax.random.fold_in(key, 1)
+        return (batch_stats, key), (grads, metrics)
 
+    key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
+    carry = (state.batch_stats, key)
     if accumulation_steps == 1:
-        batch_stats, (grads, metrics) = part(state.batch_stats, batch)
+        carry, (grads, metrics) = part(carry, batch)
     else:
-        batch_stats, (grads, metrics) = _in_parts(
-            part, state.batch_stats, batch, accumulation_steps
-        )
+        carry, (grads, metrics) = _in_parts(part, carry, batch, accumulation_steps)
+    batch_stats, _ = carry
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,
@@ -146,7 +154,7 @@ def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:
       state: its parameters and running statistics are used.
       batch: "image" and "label" as in `train_step`; "mask", bool [N], False for
         examples that only fill the batch.
-      model: a ResNet.
+      model: a ResNet or VGG.
 
     Returns:
       "loss", float32 [], and "correct" and "count", int32 [].

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_resnet.models import native
-from flax_resnet.models.convolution import convolution
+from flax_resnet.models.convolution import convolution, grouped_convolution
 
 torch = pytest.importorskip("torch")
 
@@ -72,6 +72,34 @@ def test_value_and_gradients_are_torchs_in_float64(case, rng):
     assert_close(out, out64.detach().permute(0, 2, 3, 1))
     assert_close(by_x, x64.grad.permute(0, 2, 3, 1))
     assert_close(by_kernel, kernel64.grad.permute(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("case", [(4, 9, 7, 16, 32, 3, 1, 4), (3, 8, 8, 24, 16, 3, 2, 8)], ids=str)
+def test_groups_are_those_of_torch(case, rng):
+    n, height, width, ci, co, size, stride, groups = case
+    x = rng.normal(size=(n, height, width, ci)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, ci // groups, co)).astype(np.float32)
+
+    x64 = torch.from_numpy(x).double().permute(0, 3, 1, 2).requires_grad_()
+    kernel64 = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
+    out64 = torch.nn.functional.conv2d(
+        x64, kernel64, stride=stride, padding=size // 2, groups=groups
+    )
+    g = rng.normal(size=(*out64.shape[:1], *out64.shape[2:], co)).astype(np.float32)
+    out64.backward(torch.from_numpy(g).double().permute(0, 3, 1, 2))
+
+    def convolve(x, kernel):
+        return grouped_convolution(x, kernel, groups=groups, stride=stride, padding=size // 2)
+
+    out, vjp = jax.vjp(jax.jit(convolve), x, kernel)
+    by_x, by_kernel = vjp(g)
+    assert_close(out, out64.detach().permute(0, 2, 3, 1))
+    assert_close(by_x, x64.grad.permute(0, 2, 3, 1))
+    assert_close(by_kernel, kernel64.grad.permute(2, 3, 1, 0))
+
+    # Elsewhere they are XLA's, of which we check that it is asked for.
+    elsewhere = jax.jit(convolve).trace(x, kernel).lower(lowering_platforms=("cuda",))
+    assert f"feature_group_count = {groups}" in elsewhere.as_text()
 
 
 @pytest.fixture
@@ -152,7 +180,7 @@ def test_an_empty_batch(operands):
 def test_without_a_compiler_xla_does_it(compiler, user_cache):
     program = textwrap.dedent("""
         import functools, jax
-        from flax_resnet.models.convolution import convolution
+        from flax_resnet.models.convolution import convolution, grouped_convolution
 
         x, kernel = jax.numpy.ones((1, 8, 8, 16)), jax.numpy.ones((1, 1, 16, 16))
         convolve = jax.jit(functools.partial(convolution, stride=1, padding=0))

@@ -1,6 +1,8 @@
 """Sizes, shapes and initial values of the models."""
 
 import ast
+import functools
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,60 @@ from flax.traverse_util import flatten_dict
 import flax_resnet as fr
 from flax_resnet.models.resnet import BatchNorm
 
-# torchvision's documentation (resnet18 ... 152), He et al. table 6 (0.27 M, 0.46 M, 0.66 M,
-# 0.85 M, 1.7 M, 19.4 M), and arithmetic on the layers for the others.
-PARAMETERS = {
+# torchvision's documentation: num_params of its published weights.
+TORCHVISION = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "wide_resnet50_2": 68_883_240,
+    "wide_resnet101_2": 126_886_696,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272,
+    "vgg11": 132_863_336,
+    "vgg11_bn": 132_868_840,
+    "vgg13": 133_047_848,
+    "vgg13_bn": 133_053_736,
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+}
+# Millions, as published: timm's results tables; He et al. table 6; He et al. 2016 table 4;
+# Zagoruyko and Komodakis table 4.
+MILLIONS = {
+    "resnet18d": "11.71",
+    "resnet34d": "21.82",
+    "resnet50d": "25.58",
+    "resnet101d": "44.57",
+    "resnet152d": "60.21",
+    "seresnet50": "28.09",
+    "seresnet101": "49.33",
+    "seresnet152": "66.82",
+    "cifar_resnet20": "0.27",
+    "cifar_resnet32": "0.46",
+    "cifar_resnet44": "0.66",
+    "cifar_resnet56": "0.85",
+    "cifar_resnet110": "1.7",
+    "cifar_resnet1202": "19.4",
+    "cifar_preact_resnet164": "1.7",
+    "cifar_wrn16_8": "11.0",
+    "cifar_wrn28_10": "36.5",
+}
+# Arithmetic on the layers, or the count of the twin in torch_resnet.py.
+PARAMETERS = TORCHVISION | {
+    "resnet18d": 11_708_744,
+    "resnet34d": 21_816_904,
+    "resnet50d": 25_576_264,
+    "resnet101d": 44_568_392,
+    "resnet152d": 60_212_040,
+    "seresnet50": 28_088_024,
+    "seresnet101": 49_326_872,
+    "seresnet152": 66_821_848,
+    "plain18": 11_515_688,
+    "plain34": 21_623_848,
     "cifar_resnet18": 11_173_962,
     "cifar_resnet34": 21_282_122,
     "cifar_resnet50": 23_520_842,
@@ -35,6 +83,16 @@ PARAMETERS = {
     "cifar_resnet56": 853_018,
     "cifar_resnet110": 1_727_962,
     "cifar_resnet1202": 19_421_274,
+    # Identity shortcuts have no parameters to lose.
+    "cifar_plain20": 269_722,
+    "cifar_plain32": 464_154,
+    "cifar_plain44": 658_586,
+    "cifar_plain56": 853_018,
+    "cifar_preact_resnet18": 11_172_170,
+    "cifar_preact_resnet164": 1_703_258,
+    "cifar_preact_resnet1001": 10_327_706,  # 10.2 M in the paper's table 4
+    "cifar_wrn16_8": 10_961_370,
+    "cifar_wrn28_10": 36_479_194,
     "lab10_resnet50": 1_484_186,
 }
 
@@ -47,10 +105,39 @@ def test_every_model_has_its_count_here():
     assert sorted(PARAMETERS) == sorted(fr.list_models())
 
 
+@functools.cache
+def variables_of(name):
+    """Shapes of the variables of `create_model(name)`; the deep nets take seconds."""
+    return init_shapes(fr.create_model(name))
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
-    params = init_shapes(fr.create_model(name))["params"]
+    params = variables_of(name)["params"]
     assert sum(p.size for p in jax.tree.leaves(params)) == PARAMETERS[name]
+
+
+def test_the_table_of_models_is_up_to_date():
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \|", text, re.MULTILINE)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == PARAMETERS
+    assert [name for name, _ in rows] == fr.list_models()
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_parameter_count_is_the_published_one(name):
+    digits = len(MILLIONS[name].partition(".")[2])
+    assert f"{PARAMETERS[name] / 1e6:.{digits}f}" == MILLIONS[name]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_model_gives_float32_logits(name, dtype):
+    fields = {} if name.startswith("vgg") else {"scan_blocks": True}  # sooner traced
+    model = fr.create_model(name, dtype=dtype, **fields)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    logits = jax.eval_shape(partial(model.apply, train=False), variables_of(name), x)
+    assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -285,7 +372,7 @@ def test_identity_shortcut_subsamples_and_pads_with_zeros(rng):
     [
         (fr.cifar_resnet8(), (32, 32, 3), r"\[N, H, W, C\]"),
         (fr.cifar_resnet8(strides=(1, 2)), (1, 32, 32, 3), "one entry a stage"),
-        (fr.cifar_resnet8(shortcut="none"), (1, 32, 32, 3), "not 'none'"),
+        (fr.cifar_resnet8(shortcut="A"), (1, 32, 32, 3), "not 'A'"),
         (fr.cifar_resnet8(widths=(16, 8, 64)), (1, 32, 32, 3), "from 16 to 8 channels"),
     ],
 )

@@ -1,0 +1,260 @@
+"""What the fields of ResNet and VGG do, beyond what parity with PyTorch shows."""
+
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_resnet as fr
+from flax_resnet.models.resnet import GroupNorm
+
+SMALL: dict[str, Any] = {
+    "layers": (2, 3),
+    "num_classes": 5,
+    "widths": (8, 16),
+    "strides": (1, 2),
+    "cifar_stem": True,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "basic": {"block": fr.BasicBlock},
+    "resnext, SE": {
+        "block": fr.Bottleneck,
+        "groups": 4,
+        "width_per_group": 32,
+        "squeeze_excite": True,
+    },
+    "wide preact": {"block": fr.PreActBasicBlock, "stem_width": 4},
+    "preact": {"block": fr.PreActBottleneck},
+    "group norm": {"block": fr.BasicBlock, "norm": "group"},
+    "plain": {"block": fr.BasicBlock, "shortcut": "none"},
+}
+
+
+def small(kind="basic", **fields) -> Any:
+    return fr.ResNet(**SMALL | KINDS[kind] | fields)
+
+
+def images_of(rng, count=4, size=8):
+    return jnp.asarray(rng.normal(size=(count, size, size, 3)), jnp.float32)
+
+
+def init(model, x):
+    # Compiling the random numbers would take many times longer than drawing them.
+    options = {"xla_backend_optimization_level": "0"}
+    program = jax.jit(partial(model.init, train=False), compiler_options=options)
+    return program(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scanned_blocks_are_the_same_blocks(kind, rng):
+    x = images_of(rng)
+    variables = init(small(kind), x)
+    results = []
+    for scan_blocks in (False, True):
+        model = small(kind, scan_blocks=scan_blocks)
+        apply = jax.jit(partial(model.apply, train=True, features=True, mutable=["batch_stats"]))
+        results.append(apply(variables, x))
+    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["basic", "preact"])
+def test_features_are_what_lies_on_the_way(kind, rng):
+    x = images_of(rng)
+    model = small(kind, dtype=jnp.bfloat16)
+    variables = init(model, x)
+    apply = partial(jax.jit(model.apply, static_argnames=("train", "features")), variables, x)
+    features = apply(train=False, features=True)
+    expansion = model.block.expansion
+    shapes = {name: value.shape for name, value in features.items()}
+    assert shapes == {
+        "stem": (4, 8, 8, 8),
+        "layer1": (4, 8, 8, 8 * expansion),
+        "layer2": (4, 4, 4, 16 * expansion),
+        "pooled": (4, 16 * expansion),
+        "logits": (4, 5),
+    }
+    dtypes = [features[name].dtype for name in ("stem", "layer1", "layer2", "pooled", "logits")]
+    assert dtypes == [jnp.bfloat16] * 3 + [jnp.float32] * 2
+    np.testing.assert_allclose(features["logits"], apply(train=False), atol=0.01)
+    fc = variables["params"]["fc"]
+    logits = features["pooled"] @ fc["kernel"] + fc["bias"][None]
+    np.testing.assert_allclose(features["logits"], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_classifier_the_pooled_features_come_out(rng):
+    x = images_of(rng)
+    model, headless = small(), small(num_classes=0)
+    variables = init(model, x)
+    assert "fc" not in init(headless, x)["params"]
+    features = model.apply(variables, x, train=False, features=True)
+    pooled = headless.apply(variables, x, train=False)
+    np.testing.assert_array_equal(pooled, features["pooled"])
+    assert headless.apply(variables, x, train=False, features=True).keys() == {
+        *("stem", "layer1", "layer2", "pooled")
+    }
+
+
+def test_vgg_has_features_too(rng):
+    x = images_of(rng)
+    model: Any = fr.VGG((1, 1), num_classes=5, widths=(8, 16), hidden=12)
+    variables = init(model, x)
+    features = model.apply(variables, x, train=False, features=True)
+    assert {name: value.shape for name, value in features.items()} == {
+        "layer1": (4, 4, 4, 8),
+        "layer2": (4, 2, 2, 16),
+        "pooled": (4, 12),
+        "logits": (4, 5),
+    }
+    np.testing.assert_array_equal(features["logits"], model.apply(variables, x, train=False))
+    pooled = model.clone(num_classes=0).apply(variables, x, train=False)
+    np.testing.assert_array_equal(pooled, features["pooled"])
+
+
+def test_stochastic_depth_leaves_out_the_branches_of_examples(rng):
+    """And scales the others up: to 1 / 0.75 of what it is without."""
+    x = images_of(rng, count=256, size=4).repeat(3, axis=-1)[..., :8]
+    block = fr.PreActBasicBlock(8)
+    variables = block.init(jax.random.key(0), x, train=False)
+    apply = partial(block.clone(stochastic_depth=0.25).apply, variables, x)
+    branch = block.apply(variables, x, train=True, mutable=["batch_stats"])[0] - x
+    key = jax.random.key(1)
+    y, _ = apply(train=True, mutable=["batch_stats"], rngs={"dropout": key})
+    again, _ = apply(train=True, mutable=["batch_stats"], rngs={"dropout": key})
+    np.testing.assert_array_equal(y, again)
+    kept = np.abs(y - x).max((1, 2, 3)) > 0
+    assert abs(kept.mean() - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 256)
+    np.testing.assert_allclose((y - x)[kept], (branch / 0.75)[kept], rtol=1e-4, atol=1e-5)
+    # Evaluation draws nothing, and has all branches as they are.
+    np.testing.assert_array_equal(apply(train=False), block.apply(variables, x, train=False))
+
+
+def test_stochastic_depth_grows_linearly_to_that_of_the_last_block():
+    rates = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, fr.BasicBlock) and context.method_name == "__call__":
+            rates.append(context.module.stochastic_depth)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        x = jnp.zeros((1, 8, 8, 3))
+        jax.eval_shape(partial(small(stochastic_depth=0.5).init, train=False), jax.random.key(0), x)
+    np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_stochastic_depth_reaches_every_block(scan_blocks, rng):
+    """Blocks with rates of 0.4 and 0.8 are both left out, as in 0.32 of the examples."""
+    model = small(
+        "wide preact",
+        layers=(2,),
+        widths=(8,),
+        strides=(1,),
+        stem_width=8,
+        stochastic_depth=0.8,
+        scan_blocks=scan_blocks,
+    )
+    x = images_of(rng, count=256)
+    apply = partial(
+        jax.jit(model.apply, static_argnames=("train", "features", "mutable")), init(model, x), x
+    )
+    features, _ = apply(
+        train=True, features=True, mutable="batch_stats", rngs={"dropout": jax.random.key(1)}
+    )
+    untouched = (features["stem"] == features["layer1"]).all((1, 2, 3)).mean()
+    assert abs(untouched - 0.32) < 4 * np.sqrt(0.32 * 0.68 / 256)
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_dropout_draws_by_its_key_in_training_alone(scan_blocks, rng):
+    model = small("wide preact", dropout=0.3, scan_blocks=scan_blocks)
+    x = images_of(rng)
+    variables = init(model, x)
+    apply = jax.jit(
+        lambda key: model.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )[0]
+    )
+    first, again, other = (apply(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    plain = small("wide preact")
+    np.testing.assert_allclose(
+        model.apply(variables, x, train=False), plain.apply(variables, x, train=False), rtol=1e-4
+    )
+
+
+def test_group_norm_has_no_statistics_and_takes_each_image_by_itself(rng):
+    model = small("group norm")
+    x = images_of(rng)
+    variables = init(model, x)
+    assert variables.keys() == {"params"}
+    y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    assert not updates
+    np.testing.assert_allclose(y[:1], model.apply(variables, x[:1], train=False), rtol=1e-4)
+
+
+def test_zero_init_reaches_group_norm(rng):
+    x = images_of(rng)
+    params = init(small("group norm", zero_init_residual=True), x)["params"]
+    np.testing.assert_array_equal(params["layer1_0"]["bn2"]["scale"], 0)
+    np.testing.assert_array_equal(params["layer1_0"]["bn1"]["scale"], 1)
+
+
+def test_group_norm_computes_in_float32(rng):
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 8)), jnp.bfloat16)
+    norm = GroupNorm(dtype=jnp.bfloat16)
+    variables = norm.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    expected = GroupNorm().apply(variables, x)
+    y = norm.apply(variables, x)
+    np.testing.assert_array_equal(y, jnp.asarray(expected).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"norm": "layer"}, "norm is 'batch' or 'group', not 'layer'"),
+        ({"norm": "group", "bn_splits": 2}, "bn_splits=2 is for norm='batch'"),
+        ({"deep_stem": True}, "cifar_stem and deep_stem"),
+        ({"layers": (2, 0)}, r"layers .* not \(2, 0\)"),
+        ({"num_classes": -1}, "num_classes .* not -1"),
+        ({"dropout": 0.1}, "dropout is for PreActBasicBlock, not BasicBlock"),
+        ({"block": fr.PreActBasicBlock, "dropout": 1.0}, "dropout is from 0 to below 1"),
+        ({"stochastic_depth": -0.1}, "stochastic_depth is from 0 to below 1"),
+        ({"stochastic_depth": 0.1, "shortcut": "none"}, "stochastic_depth needs a shortcut"),
+        ({"zero_init_residual": True, "shortcut": "none"}, "zero_init_residual=True needs"),
+        ({"zero_init_residual": True, "block": fr.PreActBottleneck}, "zero_init_residual=True"),
+        ({"groups": 2}, "groups=2 .* BasicBlock"),
+        ({"width_per_group": 128}, "width_per_group=128 .* BasicBlock"),
+        ({"block": fr.Bottleneck, "width_per_group": 1}, "width_per_group=1 leave no channels"),
+        ({"stem_width": 0}, "stem_width"),
+        ({"stem_width": 1, "cifar_stem": False, "deep_stem": True}, "stem_width=1"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(fields, message):
+    model = small(**fields)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "message"),
+    [
+        ({"bn_splits": 2}, 32, "bn_splits=2 is for batch_norm=True"),
+        ({"widths": (8,)}, 32, "layers and widths have one entry a stage, not 5 and 1"),
+        ({"dropout": 1.0}, 32, "dropout is from 0"),
+        ({"num_classes": -1}, 32, "num_classes .* not -1"),
+        ({}, 16, "5 stages need images of 32 pixels, not of 16x40"),
+    ],
+)
+def test_vgg_refuses_too(fields, size, message):
+    model = fr.vgg11(**fields)
+    x = jnp.zeros((1, size, 40, 3))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
