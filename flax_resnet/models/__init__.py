@@ -62,6 +62,7 @@ from flax_resnet.models.vgg import (
     vgg19,
     vgg19_bn,
 )
+from flax_resnet.models.weights import save_weights
 
 __all__ = [
     "VGG",
@@ -113,6 +114,7 @@ __all__ = [
     "seresnet50",
     "seresnet101",
     "seresnet152",
+    "save_weights",
     "to_torch",
     "vgg11",
     "vgg11_bn",
