@@ -50,6 +50,7 @@ from flax_resnet.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from flax_resnet.models.summary import summary
 from flax_resnet.models.torch_weights import from_torch, to_torch
 from flax_resnet.models.vgg import (
     VGG,
@@ -115,6 +116,7 @@ __all__ = [
     "seresnet101",
     "seresnet152",
     "save_weights",
+    "summary",
     "to_torch",
     "vgg11",
     "vgg11_bn",
