@@ -50,13 +50,14 @@ def save_weights(
 
 
 def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `from_torch` gives, but with a new classifier where the number of classes differs.
+    """What `from_torch` gives, but the classifier is new where the number of classes differs.
 
-    The new one has the values that `model.init` gives it with `jax.random.key(0)`; a
-    warning in the log tells of it.
+    A new one has the values that `model.init` gives it with `jax.random.key(0)`; a warning
+    in the log tells of it. With num_classes=0 the classifier is left out, and weights
+    without one have 0 classes.
 
     Args:
-      model: a model with a field num_classes.
+      model: a `ResNet` or `VGG`.
       source: see `read_state_dict`.
 
     Raises:
@@ -65,37 +66,40 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
     """
     state_dict = read_state_dict(source)
     head = _head(model)
-    bias = state_dict.get(_torch_name(next(path for path in head if path[-1] == "bias")))
-    classes = model.num_classes if bias is None or bias.ndim != 1 else len(bias)
+    entries = [state_dict[name] for name in map(_torch_name, head) if name in state_dict]
+    classes = len(entries[0]) if entries else 0
     try:
         variables = from_torch(model.clone(num_classes=classes), state_dict)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if classes == model.num_classes:
         return variables
-    logging.getLogger(__name__).warning(
-        "%s has %d classes, not %d: the classifier starts anew",
-        source,
-        classes,
-        model.num_classes,
-    )
+    flat = {path: value for path, value in flatten_dict(variables).items() if path not in head}
+    if model.num_classes:
+        logging.getLogger(__name__).warning(
+            "%s has %d classes, not %d: the classifier starts anew",
+            source,
+            classes,
+            model.num_classes,
+        )
 
-    @jax.jit
-    def new_head():
-        initial = flatten_dict(_init(model))
-        return {path: initial[path] for path in head}
+        @jax.jit
+        def new_head():
+            initial = flatten_dict(_init(model))
+            return {path: initial[path] for path in head}
 
-    return unflatten_dict(flatten_dict(variables) | new_head())
+        flat |= new_head()
+    return unflatten_dict(flat)
 
 
 def _head(model: nn.Module) -> list[tuple[str, ...]]:
     """Paths of the variables whose shapes depend on the number of classes."""
 
-    def shapes(model) -> dict[tuple[str, ...], Any]:
-        return flatten_dict(jax.eval_shape(lambda: _init(model)))
+    def shapes(classes: int) -> dict[tuple[str, ...], Any]:
+        return flatten_dict(jax.eval_shape(lambda: _init(model.clone(num_classes=classes))))
 
-    ours, theirs = shapes(model), shapes(model.clone(num_classes=model.num_classes + 1))
-    return [path for path in ours if ours[path].shape != theirs[path].shape]
+    one, two = shapes(1), shapes(2)
+    return [path for path in one if one[path].shape != two[path].shape]
 
 
 def _init(model: nn.Module) -> Any:

@@ -250,6 +250,32 @@ class TestCreateModel:
         chex.assert_trees_all_equal(ours["params"], rest)
         chex.assert_trees_all_equal(ours["batch_stats"], variables["batch_stats"])
 
+    def test_without_classifier(self, path, tmp_path, variables, caplog):
+        _, ours = fr.create_model("cifar_resnet8", weights=path, num_classes=0)
+        params = {name: v for name, v in variables["params"].items() if name != "fc"}
+        chex.assert_trees_all_equal(ours, {**variables, "params": params})
+        assert not caplog.records
+
+        fr.save_weights(MODEL, ours, tmp_path / "backbone.safetensors")
+        _, ours = fr.create_model("cifar_resnet8", weights=tmp_path / "backbone.safetensors")
+        assert ours["params"].pop("fc")["kernel"].shape == (64, 10)
+        chex.assert_trees_all_equal(ours, {**variables, "params": params})
+        assert "has 0 classes, not 10" in caplog.text
+
+    def test_last_layer_of_vgg_is_its_classifier(self, tmp_path):
+        small = {"widths": (2,) * 5, "hidden": 3}
+        model = fr.vgg11(num_classes=4, **small)
+        images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        shapes = jax.eval_shape(lambda: model.lazy_init(jax.random.key(0), images, train=False))
+        variables = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+        fr.save_weights(model, variables, tmp_path / "vgg.safetensors")
+        _, ours = fr.create_model(
+            "vgg11", weights=tmp_path / "vgg.safetensors", num_classes=5, **small
+        )
+        assert ours["params"].pop("classifier_6")["bias"].shape == (5,)
+        del variables["params"]["classifier_6"]
+        chex.assert_trees_all_equal(ours, variables)
+
     def test_all_that_does_not_fit_is_listed(self, tmp_path, arrays):
         del arrays["layer2.0.bn1.weight"]
         arrays["head.weight"] = np.zeros(3)
