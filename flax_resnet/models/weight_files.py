@@ -12,15 +12,15 @@ import safetensors.numpy
 
 # What training scripts wrap a state_dict in: timm's, torchvision's, PyTorch's tutorials.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# What DataParallel and torch.compile put before every name.
-_PREFIXES = ("module.", "_orig_mod.")
+# What DataParallel and torch.compile put before names.
+_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The state_dict in a file or on the Hugging Face Hub.
 
     A `.pth` or `.pt` file may hold it as "state_dict", "model" or "model_state_dict" in
-    another dict; "module." and "_orig_mod." before every name are taken off.
+    another dict; "module." and "_orig_mod." before a name are taken off.
 
     Args:
       source: path of a `.safetensors`, `.pth` or `.pt` file, or id of a Hub repository with
@@ -52,9 +52,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
         state_dict = _read_pickle(path)
     else:
         raise ValueError(f"weights are read from .safetensors, .pth and .pt, not {path}")
-    while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in state_dict)), ""):
-        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return state_dict
+    return {_PREFIXES.sub("", name): value for name, value in state_dict.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -78,23 +76,22 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         reason = _guess(path) or "it is damaged, or holds more than tensors; nothing in it was run"
         raise ValueError(f"cannot read {path}: {reason}") from error
     if isinstance(content, Mapping):
-        content = next(
-            (content[w] for w in _WRAPPERS if isinstance(content.get(w), Mapping)), content
-        )
-    if not (
-        isinstance(content, Mapping) and content and all(map(torch.is_tensor, content.values()))
+        wrapped = (content.get(name) for name in _WRAPPERS)
+        content = next((w for w in wrapped if isinstance(w, Mapping)), content)
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
     ):
         raise ValueError(f"{path} holds no state_dict, which is a dict of tensors")
     return dict(content)
 
 
 def _guess(path: Path) -> str | None:
-    """What a file that is no weights is instead, if that is easily told."""
+    """Why a file cannot be read, where that is easily told."""
     try:
         with path.open("rb") as file:
             head = file.read(64).lstrip()
-    except OSError:
-        return None
+    except OSError as error:
+        return error.strerror
     if not head:
         return "it is empty"
     if head.startswith(b"<"):
@@ -127,11 +124,10 @@ def _download(repository: str) -> str:
             return huggingface_hub.hf_hub_download(repository, "model.safetensors")
     except Exception as error:  # its own, and those of its HTTP library, which it has changed
         raise ValueError(
-            f"there is no file {repository}, and model.safetensors of that name cannot be "
-            f"fetched from the Hugging Face Hub: {_one_line(error)}"
+            f"there is no file {repository}, and it cannot be fetched from the Hugging Face Hub: "
+            f"{_one_line(error)}"
         ) from error
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib import resources
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +17,7 @@ import flax_resnet as fr
 
 MODEL = fr.ResNet(fr.BasicBlock, (1, 1), num_classes=3, widths=(8, 16), strides=(1, 2))
 SHAPE = (2, 16, 16, 3)
-predict = partial(MODEL.apply, train=False)
+predict: Any = partial(MODEL.apply, train=False)
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,10 @@ class TestSafetensors:
             cut.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
             assert_refused(cut, reason="cannot read .*cut.safetensors: ")
 
+    def test_nothing_in_it(self, tmp_path):
+        safetensors.numpy.save_file({}, tmp_path / "net.safetensors")
+        assert_refused(tmp_path / "net.safetensors", reason="missing conv1.weight; missing")
+
     def test_unknown_type(self, tmp_path):
         torch = pytest.importorskip("torch")
         from safetensors.torch import save_file
@@ -217,7 +221,7 @@ class TestPickles:
 
     def test_no_state_dict(self, tmp_path):
         torch = pytest.importorskip("torch")
-        for content in ({"epoch": 3}, {}, [1, 2], torch.zeros(3)):
+        for content in ({"epoch": 3}, {0: torch.zeros(3)}, [1, 2], torch.zeros(3)):
             torch.save(content, tmp_path / "other.pth")
             assert_refused(tmp_path / "other.pth", reason="holds no state_dict")
 
@@ -340,7 +344,9 @@ class TestHub:
 
         monkeypatch.setattr(hub, "hf_hub_download", self.absent)
         monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
-        with pytest.raises(ValueError, match=r"there is no file a/b, .*service not known$"):
+        with pytest.raises(
+            ValueError, match=r"no file a/b, .*Hub: Name or service not known and more$"
+        ):
             fr.create_model("cifar_resnet8", weights="a/b")
 
     def test_without_the_extra(self, monkeypatch):
