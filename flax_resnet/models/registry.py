@@ -39,11 +39,12 @@ def create_model(
     Args:
       name: one of `list_models()`.
       weights: path of a `.safetensors`, `.pth` or `.pt` file, or id of a Hugging Face Hub
-        repository, such as "timm/resnet18.a1_in1k"; see `pretrained`.
+        repository, such as "timm/resnet18.a1_in1k". If they are for another number of
+        classes, the classifier starts anew, and a warning in the log says so.
       **fields: fields of `ResNet` or `VGG` to set: num_classes, dtype, ...
 
     Returns:
-      The model; with `weights` the model and its variables.
+      The model; with `weights` (model, variables), as `from_torch` gives them.
 
     Raises:
       ValueError: if there is no such model, or the weights cannot be read or do not fit.

@@ -66,8 +66,8 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
     """
     state_dict = read_state_dict(source)
     head = _head(model)
-    entries = [state_dict[name] for name in map(_torch_name, head) if name in state_dict]
-    classes = len(entries[0]) if entries else 0
+    shapes = [state_dict[name].shape for name in map(_torch_name, head) if name in state_dict]
+    classes = shapes[0][0] if shapes and shapes[0] else 0
     try:
         variables = from_torch(model.clone(num_classes=classes), state_dict)
     except ValueError as error:
