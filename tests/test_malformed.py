@@ -54,13 +54,16 @@ def command_line():
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin
+        assert stdout
 
         def run(arguments):
-            print(json.dumps(arguments), file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
+            print(json.dumps(arguments), file=stdin, flush=True)
+            return json.loads(stdout.readline())
 
         yield run
-        process.stdin.close()
+        stdin.close()
 
 
 @given(OVERRIDES, st.lists(OTHERS, max_size=1))

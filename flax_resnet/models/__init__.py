@@ -52,6 +52,7 @@ from flax_resnet.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from flax_resnet.models.summary import summary
 from flax_resnet.models.torch_weights import from_torch, to_torch
 from flax_resnet.models.vgg import (
     VGG,
@@ -64,6 +65,7 @@ from flax_resnet.models.vgg import (
     vgg19,
     vgg19_bn,
 )
+from flax_resnet.models.weights import save_weights
 
 __all__ = [
     "VGG",
@@ -112,10 +114,12 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save_weights",
     "seresnet50",
     "seresnet101",
     "seresnet152",
     "stack_blocks",
+    "summary",
     "to_torch",
     "unstack_blocks",
     "vgg11",

@@ -172,6 +172,8 @@ def _define(
             all(aval.dtype == np.float32 and aval.size for aval in ctx.avals_in)
             # XLA cannot divide a function that it does not know among devices.
             and ctx.module_context.axis_context.num_devices == 1
+            # An exported program runs where there is no convolution.cc.
+            and not ctx.module_context.lowering_parameters.for_export
             and (lanes := native.lanes())
             and ctx.avals_out[0].shape[-1] % lanes == 0
         )

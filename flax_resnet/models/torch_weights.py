@@ -14,6 +14,7 @@ nets have bn1, conv1, bn2, ... in their blocks, `downsample.0`, a convolution al
 the shape changes, and `bn` before the pooling.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnet.models.weight_files import read_state_dict
 
 _LEAVES = {
     "kernel": "weight",
@@ -34,20 +37,27 @@ _LEAVES = {
 _FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
 
 
-def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def from_torch(
+    model: nn.Module, state_dict: Mapping[str, Any] | str | os.PathLike[str]
+) -> dict[str, Any]:
     """The variables of `model` with a PyTorch model's weights.
 
     Args:
       model: a `ResNet`, a `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
-        channels; values are tensors or arrays. num_batches_tracked is left out.
+        channels; values are tensors or arrays. num_batches_tracked is left out. Or the path
+        or Hub id of one, see `read_state_dict`.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
 
     Raises:
-      ValueError: lists every entry that is missing, left over or of another shape.
+      ValueError: lists every entry that is missing, left over or of another shape, or
+        says why the file cannot be read.
     """
+    what = "the state_dict"
+    if isinstance(state_dict, str | os.PathLike):
+        what, state_dict = os.fspath(state_dict), read_state_dict(state_dict)
     arrays = {
         name: _to_numpy(value)
         for name, value in state_dict.items()
@@ -70,7 +80,7 @@ def from_torch(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any
         elif arrays[name].shape != shape:
             problems.append(f"{name} has shape {arrays[name].shape}, expected {shape}")
     if problems:
-        raise ValueError("the state_dict does not fit the model: " + "; ".join(problems))
+        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
     # Copies: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
     return unflatten_dict(
         {
@@ -92,15 +102,19 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
+    return {name: torch.from_numpy(array) for name, array in to_arrays(model, variables).items()}
+
+
+def to_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same as `to_torch`, in NumPy arrays and without PyTorch."""
     del model  # the names tell all; the argument mirrors `from_torch`
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
     state_dict = {}
     for path, array in flat.items():
         name = _torch_name(path)
-        state_dict[name] = torch.from_numpy(np.array(_to_layout(np.asarray(array)), order="C"))
+        state_dict[name] = np.array(_to_layout(np.asarray(array)), order="C")
         if name.endswith("running_var"):
-            counter = name.replace("running_var", "num_batches_tracked")
-            state_dict[counter] = torch.tensor(0)
+            state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0)
     return state_dict
 
 

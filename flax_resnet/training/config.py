@@ -6,7 +6,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,7 @@ class Config:
     on_nan: str = "stop"
 
 
-_DECIDED_BY_OTHER_KEYS = {"num_classes", "dtype", "bn_splits", "weights"}
+_DECIDED_BY_OTHER_KEYS = {"num_classes", "dtype", "bn_splits", "weights", "name", "parent"}
 
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -127,20 +127,32 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def default_config() -> ConfigDict:
     """Every key of `Config` with its default, for a recipe to change.
 
-    `model_fields` has the fields of `ResNet` that are one number or word; None, as all of
-    them are, leaves a field as the model has it.
+    `model_fields` has the fields of `ResNet`; None, as all of them are, leaves a field as
+    the model has it.
     """
     config = ConfigDict(dataclasses.asdict(Config()))
+    _add_placeholders(config, typing.get_type_hints(Config))
     fields = typing.get_type_hints(ResNet)
-    for name in _DECIDED_BY_OTHER_KEYS:
-        fields.pop(name, None)
-    for values, hints in ((config, typing.get_type_hints(Config)), (config.model_fields, fields)):
-        for name, hint in hints.items():
-            kind = next(iter(typing.get_args(hint)), hint)
-            if kind in (bool, int, float, str) and values.get(name) is None:
-                values.pop(name, None)
-                values[name] = config_dict.placeholder(kind)
+    model_fields = ConfigDict()
+    _add_placeholders(
+        model_fields, {name: fields[name] for name in set(fields) - _DECIDED_BY_OTHER_KEYS}
+    )
+    config.model_fields = model_fields
     return config
+
+
+def _add_placeholders(config: ConfigDict, hints: Mapping[str, Any]) -> None:
+    """Lets keys that are None, or not there, be set to a value of their type."""
+    for name in sorted(hints):
+        kind = hints[name]
+        if typing.get_origin(kind) is types.UnionType:  # with None
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is Sequence:
+            kind = tuple
+        if kind in (bool, int, float, str, tuple) and config.get(name) is None:
+            if name in config:
+                del config[name]
+            config[name] = config_dict.placeholder(kind)
 
 
 def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:

@@ -265,6 +265,7 @@ def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     config = Config(batch_size=16, eval_batch_size=batch_size)
     with feed_of(config, train_set, devices, test_set=dataset) as (feed, state):
         result = feed.evaluate(state, lambda: False)
+        assert result is not None
 
     statistics = channel_statistics([train_set.images])
     images = (dataset.images / 255 - statistics[0]) / statistics[1]

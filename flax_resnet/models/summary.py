@@ -1,0 +1,105 @@
+"""Sizes of a model's layers, and what they cost.
+
+`nn.tabulate` shows more, but its FLOPs come from the compiler, who sees nothing of the
+convolutions in convolution.cc.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Layer(NamedTuple):
+    """A module with parameters of its own, as one image goes through it.
+
+    Attributes:
+      name: where its parameters are: "layer1_0/conv1".
+      output_shape: (height, width, channels) or (channels,).
+      parameters: how many there are.
+      multiply_adds: of its convolution or matrix product; 0 for other layers.
+    """
+
+    name: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a model in the order in which an image meets them; a table when shown."""
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Multiply-adds for one image: half its FLOPs, and what papers call FLOPs."""
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [
+            ("layer", "output", "parameters", "multiply-adds"),
+            *(
+                (name, " x ".join(map(str, shape)), f"{parameters:,}", f"{multiply_adds:,}")
+                for name, shape, parameters, multiply_adds in self.layers
+            ),
+            ("total", "", f"{self.parameters:,}", f"{self.multiply_adds:,}"),
+        ]
+        layer, output, parameters, multiply_adds = (
+            max(map(len, column)) for column in zip(*rows, strict=True)
+        )
+        return "\n".join(
+            f"{a:{layer}}  {b:{output}}  {c:>{parameters}}  {d:>{multiply_adds}}"
+            for a, b, c, d in rows
+        )
+
+    __repr__ = __str__
+
+
+def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int = 3) -> Summary:
+    """Layers of a model with their output shapes, parameters and multiply-adds.
+
+    A layer with a kernel takes kernel.size multiply-adds for each position of its output,
+    whether it is a convolution, a grouped one or a matrix product. Nothing is computed: the
+    model is only traced.
+
+    Args:
+      model: takes images [N, H, W, C] and `train`.
+      image_size: height and width of an image, or one number for both.
+      channels: of an image.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    layers: list[Layer] = []
+
+    def record(next_call, args, kwargs, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__":
+            return next_call(*args, **kwargs)
+        place = len(layers)  # a module's own parameters come before those of its parts
+        output = next_call(*args, **kwargs)
+        variables = context.module.variables.get("params", {})
+        own = {name: v for name, v in variables.items() if hasattr(v, "shape")}
+        if own:
+            kernel = own.get("kernel")
+            layer = Layer(
+                name="/".join(context.module.path),
+                output_shape=output.shape[1:],
+                parameters=sum(v.size for v in own.values()),
+                multiply_adds=0 if kernel is None else math.prod(output.shape[:-1]) * kernel.size,
+            )
+            layers.insert(place, layer)
+        return output
+
+    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    with nn.intercept_methods(record):
+        # init, and not apply, since `scan_blocks` runs one block for all there.
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+    return Summary(tuple(layers))

@@ -1,0 +1,108 @@
+"""Weights of whole models: saving them, and starting from somebody else's."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnet.models.torch_weights import _torch_name, from_torch, to_arrays
+from flax_resnet.models.weight_files import read_state_dict
+
+
+def save_weights(
+    model: nn.Module, variables: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
+    """Saves variables as `.safetensors`, with the names and the layout of PyTorch.
+
+    `from_torch(model, path)` and `create_model(name, weights=path)` read the file here, and
+    `load_state_dict(safetensors.torch.load_file(path))` reads it in PyTorch. It is written
+    whole or not at all; one that is there is replaced.
+
+    Args:
+      model: the model.
+      variables: its {"params": ..., "batch_stats": ...}.
+      path: of the file, ends in `.safetensors`.
+
+    Raises:
+      ValueError: if it ends in something else, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"weights are saved as .safetensors, not {path}")
+    arrays = to_arrays(model, variables)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as scratch:
+            written = Path(scratch) / path.name
+            # Not its save_file, whose files nobody else may read. Some libraries refuse a
+            # file that does not say whose layout it has.
+            written.write_bytes(safetensors.numpy.save(arrays, metadata={"format": "pt"}))
+            written.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}") from error
+
+
+def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `from_torch` gives, but the classifier is new where the number of classes differs.
+
+    A new one has the values that `model.init` gives it with `jax.random.key(0)`; a warning
+    in the log tells of it. With num_classes=0 the classifier is left out, and weights
+    without one have 0 classes.
+
+    Args:
+      model: a `ResNet` or `VGG`.
+      source: see `read_state_dict`.
+
+    Raises:
+      ValueError: lists every entry, but those of the classifier, that is missing, left over
+        or of another shape, or says why the source cannot be read.
+    """
+    state_dict = read_state_dict(source)
+    head = _head(model)
+    shapes = [state_dict[name].shape for name in map(_torch_name, head) if name in state_dict]
+    classes = shapes[0][0] if shapes and shapes[0] else 0
+    try:
+        variables = from_torch(model.clone(num_classes=classes), state_dict)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if classes == model.num_classes:
+        return variables
+    flat = {path: value for path, value in flatten_dict(variables).items() if path not in head}
+    if model.num_classes:
+        logging.getLogger(__name__).warning(
+            "%s has %d classes, not %d: the classifier starts anew",
+            source,
+            classes,
+            model.num_classes,
+        )
+
+        @jax.jit
+        def new_head():
+            initial = flatten_dict(_init(model))
+            return {path: initial[path] for path in head}
+
+        flat |= new_head()
+    return unflatten_dict(flat)
+
+
+def _head(model: nn.Module) -> list[tuple[str, ...]]:
+    """Paths of the variables whose shapes depend on the number of classes."""
+
+    def shapes(classes: int) -> dict[tuple[str, ...], Any]:
+        return flatten_dict(jax.eval_shape(lambda: _init(model.clone(num_classes=classes))))
+
+    one, two = shapes(1), shapes(2)
+    return [path for path in one if one[path].shape != two[path].shape]
+
+
+def _init(model: nn.Module) -> Any:
+    # Any size does: the shapes of the variables do not depend on it.
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return model.lazy_init(jax.random.key(0), images, train=False)

@@ -1,0 +1,106 @@
+"""The models under JAX's and Flax's own tools, in code that knows nothing of this package."""
+
+import subprocess
+import sys
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import flax_resnet as fr
+
+MODEL = fr.ResNet(fr.BasicBlock, (1, 1), num_classes=3, widths=(8, 16), strides=(1, 2))
+SHAPE = (2, 16, 16, 3)
+predict: Any = partial(MODEL.apply, train=False)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    images = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+    shapes = jax.eval_shape(lambda: MODEL.lazy_init(jax.random.key(0), images, train=False))
+    rng = np.random.default_rng(0)
+    # Not drawn by `init`: XLA takes seconds to compile that for a CPU.
+    return jax.tree.map(lambda s: jnp.array(rng.uniform(0, 0.3, s.shape), s.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def expected(variables, images):
+    return predict(variables, images)
+
+
+def test_jit(variables, images, expected):
+    chex.assert_trees_all_close(jax.jit(predict)(variables, images), expected, rtol=1e-4)
+
+
+def test_vmap_over_models_and_over_images(variables, images, expected):
+    models = jax.tree.map(lambda *v: jnp.stack(v), variables, variables)
+    logits = jax.jit(jax.vmap(predict, (0, None)))(models, images)
+    chex.assert_trees_all_close(logits, jnp.stack([expected, expected]), rtol=1e-4)
+
+    one_by_one = jax.jit(jax.vmap(lambda image: predict(variables, image[None])[0]))
+    chex.assert_trees_all_close(one_by_one(images), expected, rtol=1e-4)
+
+
+def test_gradient_for_each_example(variables, images):
+    """vmap of grad, which differential privacy is made of; their sum is the batch's."""
+
+    def loss(params, images):
+        return jnp.square(predict({**variables, "params": params}, images)).sum()
+
+    gradient = jax.grad(loss)
+    each = jax.jit(jax.vmap(gradient, (None, 0)))(variables["params"], images[:, None])
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda g: g.sum(0), each),
+        jax.jit(gradient)(variables["params"], images),
+        rtol=1e-3,
+        atol=1e-2,
+    )
+
+
+def test_eval_shape_and_tabulate(variables, images):
+    logits = jax.eval_shape(predict, variables, images)
+    assert (logits.shape, logits.dtype) == ((2, 3), jnp.float32)
+    table = MODEL.tabulate(jax.random.key(0), images, train=False, console_kwargs={"width": 200})
+    values = sum(v.size for v in jax.tree.leaves(variables))
+    assert f"Total Parameters: {values:,}" in table
+
+
+WITHOUT_US = """
+import sys
+sys.modules["flax_resnet"] = None  # an import of it fails
+import numpy as np
+from jax import export
+
+folder = sys.argv[1]
+exported = export.deserialize(bytearray(open(folder + "/exported", "rb").read()))
+np.save(folder + "/logits.npy", exported.call(np.load(folder + "/images.npy")))
+"""
+
+
+def test_exported_program_runs_without_this_package(variables, images, expected, tmp_path):
+    pytest.importorskip("flatbuffers")
+    (n,) = export.symbolic_shape("n")
+    spec = jax.ShapeDtypeStruct((n, *SHAPE[1:]), jnp.float32)
+    function = jax.jit(partial(predict, variables))
+    function(images)  # compiled for this machine before, with our own convolution
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(spec)
+    (tmp_path / "exported").write_bytes(exported.serialize())
+    np.save(tmp_path / "images.npy", images)
+    subprocess.run([sys.executable, "-c", WITHOUT_US, tmp_path], check=True, cwd=tmp_path)
+    logits = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(logits, expected, rtol=1e-4)
+
+
+def test_types_are_for_others_too():
+    assert (resources.files("flax_resnet") / "py.typed").is_file()
