@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> None:
         fail(error)
     except FloatingPointError as error:
         fail(error, code=1)
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:
+            raise
+        sys.exit(128 + signal.SIGINT)  # the run has stopped in order, on all hosts
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

@@ -6,7 +6,10 @@ What a batch holds depends on (seed, step) alone, however it is read and by how 
 import contextlib
 import functools
 import gc
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +79,7 @@ class TrainBatches:
 
 @dataclass
 class EvalBatches:
-    """A split once from its beginning to its end.
+    """A split from its beginning to its end, once or several times.
 
     A batch is "image", uint8 [n, H, W, C], "label", int32 [n], and "mask", bool [n], which
     is False for the examples that fill up the last batch.
@@ -85,17 +88,24 @@ class EvalBatches:
       source: the split.
       batch_size: examples a batch.
       share: those of a batch that this host reads.
+      times: that the split is read.
     """
 
     source: Source
     batch_size: int
     share: slice
+    times: int = 1
 
-    def __len__(self) -> int:
+    @property
+    def batches_each_time(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
+    def __len__(self) -> int:
+        return self.times * self.batches_each_time
+
     def __getitem__(self, i: int) -> Arrays:
-        index = (i * self.batch_size + np.arange(self.batch_size))[self.share]
+        first = i % self.batches_each_time * self.batch_size
+        index = (first + np.arange(self.batch_size))[self.share]
         mask = index < len(self.source)
         image, label = self.source.read(np.minimum(index, len(self.source) - 1))
         return {"image": image, "label": label, "mask": mask}
@@ -123,13 +133,22 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
     )
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin_quietly)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     with contextlib.closing(iter(dataset)) as read:
         for batch in read:
             # Out of the memory that the processes share: JAX lets go of arrays late.
             yield {name: np.array(array) for name, array in batch.items()}
 
 
-def _begin_quietly(worker: int, workers: int) -> None:
+def _begin(worker: int, workers: int) -> None:
     logging.set_verbosity(logging.FATAL)  # as the program that started this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that program alone
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the program that reads from it is killed, which Grain misses."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

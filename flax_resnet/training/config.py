@@ -219,6 +219,8 @@ def _model_problems(run: Config) -> list[str]:
         return [str(error)]
     except TypeError as error:
         return [f"model_fields do not fit {run.model}: {error}"]
+    if not run.model_fields:
+        return []  # a model as it is fits
     try:
         jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     except Exception as error:  # of whatever a field is used for

@@ -7,6 +7,7 @@ one. What does not fit is read ahead by processes of Grain, each host its share.
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -216,7 +217,8 @@ def _streamed(
         steps.stop,
         rollbacks,
     )
-    test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size))
+    epochs = math.ceil(steps.stop / (len(train_set) // config.batch_size))
+    test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size), epochs)
     one_step, eval_step = _compile(
         mesh,
         step,
@@ -226,7 +228,11 @@ def _streamed(
         _shapes(test_set, eval_batch_size, mesh, mask=jnp.bool_),
     )
 
-    with contextlib.closing(stream(train, config.stream_workers)) as batches:
+    with (
+        contextlib.closing(stream(train, config.stream_workers)) as batches,
+        # Its processes are there from the first evaluation to the last.
+        contextlib.closing(stream(test, config.stream_workers)) as test_batches,
+    ):
         # The next batch is on its way to the device while a step runs.
         ahead = _put_share(next(batches), mesh)
         next_step = steps.start
@@ -241,8 +247,8 @@ def _streamed(
             return state, metrics
 
         def evaluate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-            with contextlib.closing(stream(test, config.stream_workers)) as batches:
-                return _mean((eval_step(state, _put_share(b, mesh)) for b in batches), stop)
+            batches = itertools.islice(test_batches, test.batches_each_time)
+            return _mean((eval_step(state, _put_share(b, mesh)) for b in batches), stop)
 
         yield Feed(advance, 1, evaluate)
 

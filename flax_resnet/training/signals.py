@@ -58,9 +58,9 @@ class Signals:
         """Ends the program, or what the library's user makes of these exceptions.
 
         Raises:
-          KeyboardInterrupt: after SIGINT.
+          KeyboardInterrupt: after SIGINT; its message tells it from one that came unasked.
           SystemExit: with code 143 after SIGTERM.
         """
         if self._received is signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("stopped")
         sys.exit(128 + signal.SIGTERM)

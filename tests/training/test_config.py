@@ -142,7 +142,7 @@ def test_any_config_is_valid_or_refused_in_a_line(config):
     ("key", "value", "message"),
     [
         ("model_fields", {"weights": "w.pth"}, "model_fields cannot set weights"),
-        ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection' or 'identity'"),
+        ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection'"),
         ("model_fields", {"widths": (16, 32)}, "have one entry a stage"),
         ("num_epochs", True, "num_epochs must be of type int, not True"),
         ("batch_size", None, "batch_size must be of type int, not None"),

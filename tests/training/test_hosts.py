@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -59,23 +60,18 @@ def alone(digits_dir, tmp_path_factory):
     return read_metrics(folder)
 
 
-@pytest.mark.parametrize("data_feed", ["resident", "stream"])
-def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
+def start_two(workdir, digits_dir, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        start(
-            tmp_path,
-            digits_dir,
-            f"--config.data_feed={data_feed}",
-            "--config.stream_workers=0",
-            f"--coordinator=127.0.0.1:{port}",
-            "--num_processes=2",
-            f"--process_id={i}",
-        )
-        for i in range(2)
-    ]
+    meet = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    return [start(workdir, digits_dir, *arguments, *meet, f"--process_id={i}") for i in range(2)]
+
+
+@pytest.mark.parametrize("data_feed", ["resident", "stream"])
+def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
+    feed = (f"--config.data_feed={data_feed}", "--config.stream_workers=0")
+    processes = start_two(tmp_path, digits_dir, *feed)
     first, second = (finish(process) for process in processes)
     assert "on 2 x cpu on 2 hosts" in first
     assert "epoch" not in second  # one speaks for both
@@ -88,6 +84,23 @@ def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
     for record in together:  # of 37 images, in batches of 16
         correct = record["test_accuracy"] * 37
         assert correct == pytest.approx(round(correct))
+
+
+def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
+    processes = start_two(tmp_path, digits_dir)
+    for line in processes[0].stderr:
+        if line.startswith("epoch 3/"):
+            processes[0].send_signal(signal.SIGINT)
+            break
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [130, 143], said
+    assert "stopped after step" in said[0]
+    assert not any("Traceback" in text for text in said)
+
+    for process in start_two(tmp_path, digits_dir):
+        assert "Traceback" not in finish(process)
+    losses = [[record["train_loss"] for record in run] for run in (read_metrics(tmp_path), alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,30 @@ def test_kill_while_a_checkpoint_is_written(finished, config, tmp_path, checkpoi
     assert not any((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+def test_killed_run_leaves_no_process_behind(program):
+    with program("--config.data_feed=stream", "--config.stream_workers=2") as process:
+        for line in process.stderr:
+            if line.startswith("epoch 1/"):
+                break
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        children = {pid for task in tasks for pid in (task / "children").read_text().split()}
+        assert len(children) >= 4  # two that read for training, and two for evaluation
+        process.kill()
+        process.stderr.read()
+    deadline = time.monotonic() + 60
+    while any(is_running(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 # Damage.
 
 
