@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp, softmax
+from scipy.special import log_softmax, softmax
 
 from flax_resnet.cli import Parser, printable, progress, run_program
 from flax_resnet.data import Dataset, EvalBatches, Source, stream
@@ -63,9 +63,8 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Mean cross-entropy, in nats."""
-        logits = self.logits.astype(np.float64)
-        own = np.take_along_axis(logits, self.labels[:, None], -1)[:, 0]
-        return float(np.mean(logsumexp(logits, axis=-1) - own))
+        log_probabilities = log_softmax(self.logits.astype(np.float64), axis=-1)
+        return -float(np.mean(np.take_along_axis(log_probabilities, self.labels[:, None], -1)))
 
     def accuracy_among(self, top: int) -> float:
         """How often the label is among the `top` most probable classes."""

@@ -98,16 +98,9 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
     description = _description(workdir / "dataset.json")
     mesh = programs.make_mesh(1, devices=jax.local_devices()[:1])
     model = programs.build_model(config, len(description["class_names"]), mesh)
-    for attempt in range(_ATTEMPTS):
-        folder = _choose(workdir / "checkpoints", checkpoint)
-        try:
-            variables, written = _read_checkpoint(folder, model, description["image_shape"])
-            break
-        except InputError:
-            # A run at work deletes checkpoints, and this may have been one.
-            time.sleep(_SECONDS_TO_DELETE)
-            if folder.exists() or attempt == _ATTEMPTS - 1:
-                raise
+    folder, variables, written = _read_patiently(
+        workdir / "checkpoints", checkpoint, model, description["image_shape"]
+    )
     return Run(
         workdir=workdir,
         config=config,
@@ -139,7 +132,8 @@ def make_classifier(
     @jax.jit
     def program(variables, images):
         def logits(images):
-            return run.model.apply(variables, normalize(images, run.mean, run.std), train=False)
+            images = normalize(images, run.mean, run.std)
+            return jnp.asarray(run.model.apply(variables, images, train=False))
 
         if flip:
             return (logits(images) + logits(images[:, :, ::-1])) / 2
@@ -164,8 +158,8 @@ def _description(path: Path) -> dict[str, Any]:
             f"{path} has no image_shape, since an earlier version wrote it: "
             "start train.py again with this --workdir, which adds it"
         )
-    names, shape = content.get("class_names"), content["image_shape"]
-    mean, std = content.get("mean"), content.get("std")
+    keys = ("class_names", "image_shape", "mean", "std")
+    names, shape, mean, std = (content.get(key, ()) for key in keys)
     if not (
         _is_list_of(str, names)
         and _is_list_of(int, shape)
@@ -226,6 +220,23 @@ def _read_history(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
     return content
+
+
+def _read_patiently(
+    folder: Path, checkpoint: str | int, model: ResNet, image_shape: tuple[int, ...]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The checkpoint that is asked for, and what `_read_checkpoint` finds in it."""
+    attempts = 0
+    while True:
+        chosen = _choose(folder, checkpoint)
+        try:
+            return chosen, *_read_checkpoint(chosen, model, image_shape)
+        except InputError:
+            attempts += 1
+            # A run at work deletes checkpoints, and this may have been one.
+            time.sleep(_SECONDS_TO_DELETE)
+            if chosen.exists() or attempts == _ATTEMPTS:
+                raise
 
 
 def _read_checkpoint(

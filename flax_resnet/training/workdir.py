@@ -138,7 +138,7 @@ def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:
         if len(content) > len(lines):
             os.truncate(path, len(lines))
     else:
-        _write_whole(path, lines.decode())
+        write_whole(path, lines.decode())
 
 
 def append_metrics(workdir: Path, record: Record) -> None:
@@ -207,10 +207,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content)
