@@ -216,7 +216,7 @@ def _accuracy_at(checkpoint: Path, written: Mapping[str, Any]) -> float | None:
 
 
 def _read_history(checkpoint: Path) -> dict[str, Any]:
-    content = _restore(checkpoint / "run", ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
+    content = _call(checkpoint / "run", ocp.JsonCheckpointHandler, ocp.Checkpointer.restore)
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
     return content
@@ -253,18 +253,26 @@ def _read_checkpoint(
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
     )
+    stored = _call(checkpoint / "state", ocp.PyTreeCheckpointHandler, ocp.Checkpointer.metadata)
+    if any(_shapes(stored.item_metadata.get(name)) != _shapes(like[name]) for name in like):
+        raise InputError(f"checkpoint {checkpoint} is of another model than config.json tells")
     # The optimizer's state stays on disk.
     arguments = ocp.args.PyTreeRestore(
         like,
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         partial_restore=True,
     )
-    variables = _restore(checkpoint / "state", ocp.PyTreeCheckpointHandler, arguments)
+    restore = partial(ocp.Checkpointer.restore, args=arguments)
+    variables = _call(checkpoint / "state", ocp.PyTreeCheckpointHandler, restore)
     return variables, _read_history(checkpoint)
 
 
-def _restore(item: Path, handler: Callable[..., Any], arguments: Any) -> Any:
-    """An item of a checkpoint, read by this host alone."""
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
+
+def _call(item: Path, handler: Callable[..., Any], method: Callable[..., Any]) -> Any:
+    """What a method of Orbax's makes of an item of a checkpoint, on this host alone."""
     host = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"load_run_{host}"
@@ -273,7 +281,7 @@ def _restore(item: Path, handler: Callable[..., Any], arguments: Any) -> Any:
         with ocp.Checkpointer(
             handler(multiprocessing_options=alone), multiprocessing_options=alone
         ) as checkpointer:
-            return checkpointer.restore(item.absolute(), args=arguments)
+            return method(checkpointer, item.absolute())
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"checkpoint {item.parent} cannot be read: {reason}") from error
