@@ -216,7 +216,7 @@ def _accuracy_at(checkpoint: Path, written: Mapping[str, Any]) -> float | None:
 
 
 def _read_history(checkpoint: Path) -> dict[str, Any]:
-    content = _call(checkpoint / "run", ocp.JsonCheckpointHandler, ocp.Checkpointer.restore)
+    content = _restore(checkpoint, run=ocp.args.JsonRestore())
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
     return content
@@ -253,8 +253,8 @@ def _read_checkpoint(
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
     )
-    stored = _call(checkpoint / "state", ocp.PyTreeCheckpointHandler, ocp.Checkpointer.metadata)
-    if any(_shapes(stored.item_metadata.get(name)) != _shapes(like[name]) for name in like):
+    stored: Any = _call(checkpoint, ocp.Checkpointer.metadata).item_metadata["state"]
+    if any(_shapes(stored.get(name)) != _shapes(like[name]) for name in like):
         raise InputError(f"checkpoint {checkpoint} is of another model than config.json tells")
     # The optimizer's state stays on disk.
     arguments = ocp.args.PyTreeRestore(
@@ -262,29 +262,38 @@ def _read_checkpoint(
         restore_args=ocp.checkpoint_utils.construct_restore_args(like),
         partial_restore=True,
     )
-    restore = partial(ocp.Checkpointer.restore, args=arguments)
-    variables = _call(checkpoint / "state", ocp.PyTreeCheckpointHandler, restore)
-    return variables, _read_history(checkpoint)
+    return _restore(checkpoint, state=arguments), _read_history(checkpoint)
 
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
-def _call(item: Path, handler: Callable[..., Any], method: Callable[..., Any]) -> Any:
-    """What a method of Orbax's makes of an item of a checkpoint, on this host alone."""
+def _restore(checkpoint: Path, **item: Any) -> Any:
+    """An item of a checkpoint, given by its name and Orbax's arguments."""
+    (name,) = item
+    restore = partial(ocp.Checkpointer.restore, args=ocp.args.Composite(**item))
+    return _call(checkpoint, restore)[name]
+
+
+def _call(checkpoint: Path, method: Callable[..., Any]) -> Any:
+    """What a method of `ocp.Checkpointer` makes of a checkpoint, on this host alone."""
     host = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"load_run_{host}"
     )
     try:
-        with ocp.Checkpointer(
-            handler(multiprocessing_options=alone), multiprocessing_options=alone
-        ) as checkpointer:
-            return method(checkpointer, item.absolute())
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            run=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            metrics=ocp.JsonCheckpointHandler(multiprocessing_options=alone),  # else it warns
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return method(checkpointer, checkpoint.absolute())
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"checkpoint {item.parent} cannot be read: {reason}") from error
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
 
 
 def _read_records(path: Path) -> Iterator[Record]:
