@@ -166,6 +166,7 @@ def _describe(run: Run, data_dir: str | None, quiet: bool) -> dict[str, Any]:
         "config": config,
         "surroundings": run.hardware | run.versions,
         "class_names": run.class_names,
+        "filters": _filters(run),
     }
     try:
         data = open_test_set(run, data_dir)
@@ -185,7 +186,6 @@ def _describe(run: Run, data_dir: str | None, quiet: bool) -> dict[str, Any]:
         "calibration_error": error,
         "reliability": _reliability(*bins),
         "mistakes": _mistakes(run, data, evaluation, probabilities),
-        "filters": _filters(run),
     }
 
 

@@ -233,10 +233,10 @@ def _read_patiently(
             return chosen, *_read_checkpoint(chosen, model, image_shape)
         except InputError:
             attempts += 1
-            # A run at work deletes checkpoints, and this may have been one.
-            time.sleep(_SECONDS_TO_DELETE)
-            if chosen.exists() or attempts == _ATTEMPTS:
+            if attempts == _ATTEMPTS:
                 raise
+            # A run at work deletes checkpoints, and at an epoch's end writes one anew.
+            time.sleep(_SECONDS_TO_DELETE)
 
 
 def _read_checkpoint(

@@ -43,11 +43,10 @@ def test_numbers_are_those_of_scikit_learn(run, rng):
     assert summary["top5_accuracy"] == pytest.approx(top5)
     loss = metrics.log_loss(labels, evaluation.probabilities, labels=every)
     assert summary["loss"] == pytest.approx(loss)
-    recall = metrics.recall_score(
-        labels, logits.argmax(1), labels=every, average=None, zero_division=np.nan
-    )
+    confusion = metrics.confusion_matrix(labels, logits.argmax(1), labels=every)
+    recall = confusion.diagonal()[:9] / confusion.sum(1)[:9]
     accuracies = [one["accuracy"] for one in summary["classes"]]
-    np.testing.assert_allclose(accuracies[:9], recall[:9])
+    np.testing.assert_allclose(accuracies[:9], recall)
     assert accuracies[9] is None
     assert [one["name"] for one in summary["classes"]] == list("0123456789")
     assert sum(one["examples"] for one in summary["classes"]) == 500
