@@ -37,6 +37,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
+    from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
     if len(arguments) > 1:
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> None:
         if processes > 1 and _WORKDIR.value is None:
             fail("several processes need a --workdir that all of them see")
         train(_CONFIG.value, workdir)
+        report_after_training(workdir)
     except InputError as error:
         fail(error)
     except FloatingPointError as error:

@@ -1,7 +1,9 @@
-"""Eight CPU devices for every test, and a folder of digits that TFDS prepared."""
+"""Eight CPU devices for every test, a folder of digits that TFDS prepared, a run on them."""
 
+import io
 import os
 import shutil
+import sys
 
 # Before TFDS is imported: the user's own data sets are not the tests' business.
 os.environ.pop("TFDS_DATA_DIR", None)
@@ -54,3 +56,53 @@ def own_digits(digits_dir: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "tfds"
     shutil.copytree(digits_dir / "digits" / "1.0.0", folder / "digits" / "1.0.0")
     return folder
+
+
+@pytest.fixture(scope="session")
+def config(digits_dir: Path):
+    """Of a small run on the digits."""
+    import flax_resnet as fr
+
+    config = fr.default_config()
+    config.dataset = "digits"
+    config.data_dir = str(digits_dir)
+    config.train_split = "train[:264]"
+    config.eval_split = "test[:101]"
+    config.model = "cifar_resnet8"
+    config.batch_size = 32
+    config.eval_batch_size = 40
+    config.num_epochs = 4
+    config.warmup_epochs = 1.0
+    config.crop_padding = 2
+    config.horizontal_flip = False
+    return config
+
+
+@pytest.fixture(scope="session")
+def finished(config, tmp_path_factory: pytest.TempPathFactory):
+    """(workdir, state) of a run that nothing disturbed."""
+    import flax_resnet as fr
+
+    folder = tmp_path_factory.mktemp("run")
+    return folder, fr.train(config, folder)
+
+
+@pytest.fixture
+def run_copy(finished, tmp_path: Path) -> Path:
+    """A copy of that run's folder, for a test to change."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """call(module, *arguments, stdin=b"") -> (exit code, stdout, stderr) of a program."""
+    from flax_resnet import cli
+
+    def call(module, *arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as end:
+            cli.run_program(module._parser(), module._main)
+        return end.value.code, *capsys.readouterr()
+
+    return call

@@ -118,8 +118,10 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path):
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert "cifar_resnet8 on 1 x cpu" in lines[0]
-    assert lines[-1].startswith("epoch 1/1  train loss ")
-    assert len(lines) == 3  # and the time that compiling took
+    assert lines[-2].startswith("epoch 1/1  train loss ")
+    assert lines[-1] == f"writing {workdir}/report.html"
+    assert len(lines) == 4  # and the time that compiling took
+    assert "</html>" in (workdir / "report.html").read_text()
     metrics = (workdir / "metrics.jsonl").read_text()
     assert json.loads(metrics)["step"] == 2
 

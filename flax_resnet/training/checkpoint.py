@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from flax_resnet.errors import InputError
 from flax_resnet.training import hosts
 from flax_resnet.training.config import Config
+from flax_resnet.training.hardware import describe_hardware
 from flax_resnet.training.steps import TrainState
 
 Record = dict[str, Any]
@@ -131,6 +132,7 @@ class Checkpoints:
             "best": history.best,
             "config": dataclasses.asdict(self._config),
             "versions": _versions(),
+            "hardware": describe_hardware(),
         }
         metrics = {}
         if history.records and history.records[-1]["step"] == step:
@@ -236,7 +238,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     """
     folder = workdir / "checkpoints"
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-    damage = {step: found for step in steps if (found := _damage(folder / str(step)))}
+    damage = {step: found for step in steps if (found := damage_of(folder / str(step)))}
     newest_sound = max(set(steps) - set(damage), default=None)
     if damage and newest_sound is None:
         every = ", ".join(f"{step} ({found})" for step, found in damage.items())
@@ -254,7 +256,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
     return said
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, if anything is."""
     try:
         expected = json.loads((checkpoint / _MANIFEST).read_text())

@@ -47,7 +47,7 @@ def check_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    theirs, ours = _read_json(path), _as_json(dataclasses.asdict(config))
+    theirs, ours = read_json(path), _as_json(dataclasses.asdict(config))
     keys = [key for key in sorted({*theirs, *ours}) if key not in _FREE_KEYS]
     other = [f"{k} ({theirs.get(k)} there)" for k in keys if theirs.get(k) != ours.get(k)]
     if other:
@@ -81,12 +81,14 @@ def write_description(
             "name": config.dataset,
             "class_names": train_set.class_names,
             "train_examples": len(train_set),
+            "image_shape": train_set.image_shape,
             "mean": mean,
             "std": std,
         }
     )
     path = workdir / "dataset.json"
-    if path.exists() and _read_json(path) != dataset:
+    # What an earlier version did not write yet is added.
+    if path.exists() and dataset | read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
     _write_json(path, dataset)
     _write_json(workdir / "config.json", dataclasses.asdict(config))
@@ -136,7 +138,7 @@ def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:
         if len(content) > len(lines):
             os.truncate(path, len(lines))
     else:
-        _write_whole(path, lines.decode())
+        write_whole(path, lines.decode())
 
 
 def append_metrics(workdir: Path, record: Record) -> None:
@@ -189,7 +191,12 @@ def _as_json(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+      InputError: if it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -200,10 +207,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    _write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content)

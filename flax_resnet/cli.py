@@ -1,0 +1,73 @@
+"""What the programs that look at a run have in common: options, manners, ends."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn, TypeVar
+
+from absl import logging
+from tqdm import tqdm
+
+from flax_resnet.errors import InputError
+from flax_resnet.training.compilation import keep_compiled_programs
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the command line, and exits with code 2."""
+
+    def __init__(self, module: str, description: str):
+        super().__init__(
+            prog=f"python -m flax_resnet.{module}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument(
+            "--quiet", action="store_true", help="say nothing of progress on standard error"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
+
+
+def run_program(parser: Parser, main: Callable[[argparse.Namespace], int]) -> NoReturn:
+    """Parses the command line, and exits with what `main` returns, or 2 after an InputError."""
+    options = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell all they do
+    # By default JAX takes most of a GPU's memory, and a run may be at work on it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    keep_compiled_programs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        code = main(options)
+        sys.stdout.flush()
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # as of `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def progress(items: Iterable[T], total: int, what: str, *, quiet: bool) -> Iterable[T]:
+    """The items, with a bar on a terminal and one line on any other standard error."""
+    if not quiet and not sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+    return tqdm(items, what, total, disable=quiet or None, leave=False, dynamic_ncols=True)
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters as escapes: a terminal obeys them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says."""
+    return printable(" ".join(str(error).split()))

@@ -1,0 +1,249 @@
+"""Evaluates a run's checkpoint on the run's test split, each example once.
+
+    python -m flax_resnet.evaluate --workdir RUN [--checkpoint best|newest|STEP]
+
+The best checkpoint is the one with the highest accuracy on this very split, so its number
+flatters; that of the newest is the last one in metrics.jsonl. A run that trained on GPU or
+TPU in bfloat16 is evaluated in float32 on a CPU.
+
+The interval is Wilson's score interval for a binomial proportion (E. B. Wilson, Probable
+inference, the law of succession, and statistical inference, JASA 22, 1927): it holds for
+other test images from the same source, not for other seeds.
+
+Exits with 2 and one line on standard error where the input cannot be used.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax, softmax
+
+from flax_resnet.cli import Parser, printable, progress, run_program
+from flax_resnet.data import Dataset, EvalBatches, Source, stream
+from flax_resnet.errors import InputError
+from flax_resnet.runs import Run, load_run, make_classifier
+
+# A split that takes more bytes is streamed, where its files allow that.
+_LARGE = 2**30
+_TOP = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a model says of every example of a split, in the split's order.
+
+    Attributes:
+      logits: float32 [N, K].
+      labels: int32 [N].
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 [N, K]."""
+        return softmax(self.logits.astype(np.float64), axis=-1)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """int [N], the most probable classes."""
+        return self.logits.argmax(-1)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [N]."""
+        return self.predictions == self.labels
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, in nats."""
+        log_probabilities = log_softmax(self.logits.astype(np.float64), axis=-1)
+        return -float(np.mean(np.take_along_axis(log_probabilities, self.labels[:, None], -1)))
+
+    def accuracy_among(self, top: int) -> float:
+        """How often the label is among the `top` most probable classes."""
+        classes = np.argsort(-self.logits, axis=-1, stable=True)[:, :top]
+        return float(np.mean((classes == self.labels[:, None]).any(-1)))
+
+
+def open_test_set(run: Run, data_dir: str | None = None) -> Dataset | Source:
+    """The run's test split: in memory, or on disk if it is large.
+
+    Args:
+      run: says which.
+      data_dir: folder of TFDS, if it is not where the run found it.
+
+    Raises:
+      InputError: if it cannot be read, or is not what the run was trained for.
+    """
+    config = run.config
+    try:
+        source = Source(config.dataset, config.eval_split, data_dir or config.data_dir)
+        data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
+    except InputError as error:  # it may name the option of train.py
+        raise InputError(str(error).replace("--config.data_dir", "--data_dir")) from error
+    if data.class_names != run.class_names:
+        raise InputError(
+            f"{config.dataset} has other classes than the run in {run.workdir} was trained for"
+        )
+    return data
+
+
+def evaluate(
+    run: Run, data: Dataset | Source, *, flip: bool = False, quiet: bool = False
+) -> Evaluation:
+    """Classifies every example of a split once.
+
+    Args:
+      run: its model, variables and `eval_batch_size` are used.
+      data: see `open_test_set`.
+      flip: see `make_classifier`.
+      quiet: show no progress on standard error.
+
+    Raises:
+      InputError: if the examples cannot be read.
+    """
+    size = min(run.config.eval_batch_size, len(data))
+    classify = make_classifier(run, size, flip=flip)
+    what = f"evaluating {len(data)} images"
+    with contextlib.closing(_batches(data, size, run.config.stream_workers)) as batches:
+        shown = progress(batches, -(-len(data) // size), what, quiet=quiet)
+        pairs = [(classify(images), labels) for images, labels in shown]
+    logits, labels = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    return Evaluation(logits, labels)
+
+
+def _batches(
+    data: Dataset | Source, size: int, workers: int
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
+    if isinstance(data, Dataset):
+        for start in range(0, len(data), size):
+            yield data.images[start:][:size], data.labels[start:][:size]
+        return
+    with contextlib.closing(stream(EvalBatches(data, size, slice(None)), workers)) as batches:
+        for batch in batches:
+            yield batch["image"][batch["mask"]], batch["label"][batch["mask"]]
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Wilson's 95% score interval of a proportion; see the top of this file for the source."""
+    from scipy.stats import binomtest  # a second of import
+
+    interval = binomtest(int(correct), int(count)).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def summarize(run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """The numbers of an evaluation, as `--json` prints them.
+
+    Returns:
+      "examples", "correct", "accuracy", "interval" (low, high), "top5_accuracy" and "loss",
+      and "classes", in their order, each with "name" and the first four of these, of which
+      "accuracy" and "interval" are None for a class without examples.
+    """
+
+    def proportion(correct: np.ndarray) -> dict[str, Any]:
+        hits, count = int(correct.sum()), len(correct)
+        return {
+            "examples": count,
+            "correct": hits,
+            "accuracy": hits / count if count else None,
+            "interval": wilson_interval(hits, count) if count else None,
+        }
+
+    return proportion(evaluation.correct) | {
+        "top5_accuracy": evaluation.accuracy_among(_TOP),
+        "loss": evaluation.loss,
+        "classes": [
+            {"name": name} | proportion(evaluation.correct[evaluation.labels == label])
+            for label, name in enumerate(run.class_names)
+        ],
+    }
+
+
+def _parser() -> Parser:
+    parser = Parser("evaluate", __doc__ or "")
+    parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        metavar="best|newest|STEP",
+        help="which checkpoint: best (the default), newest, or that of a step",
+    )
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="take the mean of the logits (not of the probabilities) of each image and of its "
+        "mirror image, left to right; no help where mirror images mean something else",
+    )
+    parser.add_argument(
+        "--data_dir", metavar="DIR", help="folder of TFDS, if it is not where the run found it"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
+    return parser
+
+
+def _main(options: argparse.Namespace) -> int:
+    run = load_run(options.workdir, options.checkpoint)
+    data = open_test_set(run, options.data_dir)
+    evaluation = evaluate(run, data, flip=options.tta, quiet=options.quiet)
+    summary = {
+        "workdir": str(run.workdir),
+        "checkpoint": run.step,
+        "dataset": run.config.dataset,
+        "split": run.config.eval_split,
+        "tta": options.tta,
+    } | summarize(run, evaluation)
+    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+    return 0
+
+
+def _table(summary: dict[str, Any]) -> str:
+    rows = [
+        (
+            printable(one["name"]),
+            str(one["examples"]),
+            str(one["correct"]),
+            _percent(one["accuracy"]),
+            _range(one["interval"]),
+        )
+        for one in summary["classes"]
+    ]
+    rows = [("class", "images", "correct", "accuracy", "95% interval"), *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    split = f"{summary['dataset']} {summary['split']}"
+    flips = ", with horizontal flips" if summary["tta"] else ""
+    return "\n".join(
+        [
+            f"checkpoint {summary['checkpoint']} of {printable(summary['workdir'])} on "
+            f"{summary['examples']} images of {printable(split)}{flips}",
+            "",
+            f"accuracy  {_percent(summary['accuracy'])}, "
+            f"95% interval {_range(summary['interval'])}",
+            f"top-{_TOP}     {_percent(summary['top5_accuracy'])}",
+            f"loss      {summary['loss']:7.4f}",
+            "",
+            *(
+                "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+                for row in rows
+            ),
+        ]
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:7.2%}"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.2%} to {interval[1]:.2%}"
+
+
+if __name__ == "__main__":
+    run_program(_parser(), _main)

@@ -1,0 +1,324 @@
+"""The folder of a run, finished or at work, opened for use; nothing in it is changed."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flax_resnet.data import normalize
+from flax_resnet.errors import InputError
+from flax_resnet.models import ResNet
+from flax_resnet.training import programs
+from flax_resnet.training import workdir as files
+from flax_resnet.training.checkpoint import Record, damage_of
+from flax_resnet.training.config import Config, check_config
+
+# What a line of metrics.jsonl has at least.
+_METRICS = (
+    "epoch",
+    "step",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "learning_rate",
+    "images_per_second",
+    "seconds",
+)
+_ATTEMPTS = 3
+_SECONDS_TO_DELETE = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run and one of its checkpoints.
+
+    Attributes:
+      workdir: folder of the run.
+      config: of the run.
+      class_names: one name a class.
+      image_shape: (H, W, C) of the images that it trains on.
+      mean, std: of each channel of its training images, in units of full white.
+      model: for this process's first device.
+      variables: {"params", "batch_stats"} of the checkpoint, float32, on that device.
+      step: training steps done at the checkpoint.
+      test_accuracy: at the checkpoint; None if it was written inside an epoch.
+      records: lines of metrics.jsonl, also of epochs after the checkpoint.
+      versions: of Python packages, by name, when the checkpoint was written.
+      hardware: see `describe_hardware`; empty where the checkpoint does not tell.
+    """
+
+    workdir: Path
+    config: Config
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    model: ResNet
+    variables: dict[str, Any]
+    step: int
+    test_accuracy: float | None
+    records: tuple[Record, ...]
+    versions: dict[str, str]
+    hardware: dict[str, str]
+
+
+def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
+    """Opens a run's folder, also while the run is at work in it.
+
+    It takes no lock, writes nothing, and compares the checkpoint's files with their
+    SHA-256 before it reads them.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: "best", the one with the highest test accuracy of those that are kept (the
+        earliest of several); "newest"; or the step of one.
+
+    Raises:
+      InputError: if it is not the folder of a run, or has no such checkpoint, or one that
+        is damaged or does not fit the config.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{workdir} is not the folder of a run: it has no config.json")
+    try:
+        config = check_config(files.read_json(path))
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from error
+    description = _description(workdir / "dataset.json")
+    mesh = programs.make_mesh(1, devices=jax.local_devices()[:1])
+    model = programs.build_model(config, len(description["class_names"]), mesh)
+    folder, variables, written = _read_patiently(
+        workdir / "checkpoints", checkpoint, model, description["image_shape"]
+    )
+    return Run(
+        workdir=workdir,
+        config=config,
+        model=model,
+        variables=variables,
+        step=int(folder.name),
+        test_accuracy=_accuracy_at(folder, written),
+        records=tuple(_read_records(workdir / "metrics.jsonl")),
+        versions=_words(written.get("versions")),
+        hardware=_words(written.get("hardware")),
+        **description,
+    )
+
+
+def make_classifier(
+    run: Run, batch_size: int, *, flip: bool = False
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The compiled way from pixels to logits.
+
+    Args:
+      run: whose model and variables it uses.
+      batch_size: the most images that it will take at once.
+      flip: return the mean of an image's logits and its mirror image's.
+
+    Returns:
+      images, uint8 [n, H, W, C] with n <= batch_size -> logits, float32 [n, K].
+    """
+
+    @jax.jit
+    def program(variables, images):
+        def logits(images):
+            images = normalize(images, run.mean, run.std)
+            return jnp.asarray(run.model.apply(variables, images, train=False))
+
+        if flip:
+            return (logits(images) + logits(images[:, :, ::-1])) / 2
+        return logits(images)
+
+    device = jax.local_devices()[0]
+
+    def classify(images: np.ndarray) -> np.ndarray:
+        # Always the same shape, which is compiled once.
+        padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+        padded[: len(images)] = images
+        return np.asarray(program(run.variables, jax.device_put(padded, device)))[: len(images)]
+
+    return classify
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """What `Run` has from dataset.json."""
+    content = files.read_json(path)
+    if "image_shape" not in content:
+        raise InputError(
+            f"{path} has no image_shape, since an earlier version wrote it: "
+            "start train.py again with this --workdir, which adds it"
+        )
+    keys = ("class_names", "image_shape", "mean", "std")
+    names, shape, mean, std = (content.get(key, ()) for key in keys)
+    if not (
+        _is_list_of(str, names)
+        and _is_list_of(int, shape)
+        and len(shape) == 3
+        and all(_is_list_of(float, numbers) for numbers in (mean, std))
+        and len(mean) == len(std) == shape[2]
+    ):
+        raise InputError(
+            f"{path} is damaged: it does not hold class_names, image_shape, mean and std"
+        )
+    return {
+        "class_names": tuple(names),
+        "image_shape": tuple(shape),
+        "mean": tuple(mean),
+        "std": tuple(std),
+    }
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
+
+
+def _choose(folder: Path, checkpoint: str | int) -> Path:
+    """The folder of the checkpoint that is asked for."""
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    if not steps:
+        raise InputError(f"{folder} holds no checkpoint yet")
+    if checkpoint == "newest":
+        return folder / str(steps[-1])
+    if checkpoint == "best":
+        return folder / str(max(steps, key=lambda step: _quality(folder / str(step))))
+    if str(checkpoint) in map(str, steps):
+        return folder / str(checkpoint)
+    raise InputError(
+        f"no checkpoint {checkpoint!r} in {folder}: "
+        f"use best, newest or one of {', '.join(map(str, steps))}"
+    )
+
+
+def _quality(checkpoint: Path) -> float:
+    try:
+        accuracy = _accuracy_at(checkpoint, _read_history(checkpoint))
+    except InputError:
+        return -1.0  # the run has just deleted it, or it is damaged
+    return -1.0 if accuracy is None else accuracy
+
+
+def _accuracy_at(checkpoint: Path, written: Mapping[str, Any]) -> float | None:
+    """Test accuracy at the end of the epoch with which the checkpoint was written."""
+    match written["records"]:
+        case [*_, {"step": step, "test_accuracy": float(accuracy)}] if str(step) == checkpoint.name:
+            return accuracy
+    return None
+
+
+def _read_history(checkpoint: Path) -> dict[str, Any]:
+    content = _restore(checkpoint, run=ocp.args.JsonRestore())
+    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+        raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
+    return content
+
+
+def _read_patiently(
+    folder: Path, checkpoint: str | int, model: ResNet, image_shape: tuple[int, ...]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The checkpoint that is asked for, and what `_read_checkpoint` finds in it."""
+    attempts = 0
+    while True:
+        chosen = _choose(folder, checkpoint)
+        try:
+            return chosen, *_read_checkpoint(chosen, model, image_shape)
+        except InputError:
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise
+            # A run at work deletes checkpoints, and at an epoch's end writes one anew.
+            time.sleep(_SECONDS_TO_DELETE)
+
+
+def _read_checkpoint(
+    checkpoint: Path, model: ResNet, image_shape: tuple[int, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables of a sound checkpoint, and what was written beside the state."""
+    found = damage_of(checkpoint)
+    if found:
+        raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(
+        partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *image_shape))
+    )
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+    )
+    stored: Any = _call(checkpoint, ocp.Checkpointer.metadata).item_metadata["state"]
+    if any(_shapes(stored.get(name)) != _shapes(like[name]) for name in like):
+        raise InputError(f"checkpoint {checkpoint} is of another model than config.json tells")
+    # The optimizer's state stays on disk.
+    arguments = ocp.args.PyTreeRestore(
+        like,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        partial_restore=True,
+    )
+    return _restore(checkpoint, state=arguments), _read_history(checkpoint)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
+
+def _restore(checkpoint: Path, **item: Any) -> Any:
+    """An item of a checkpoint, given by its name and Orbax's arguments."""
+    (name,) = item
+    restore = partial(ocp.Checkpointer.restore, args=ocp.args.Composite(**item))
+    return _call(checkpoint, restore)[name]
+
+
+def _call(checkpoint: Path, method: Callable[..., Any]) -> Any:
+    """What a method of `ocp.Checkpointer` makes of a checkpoint, on this host alone."""
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"load_run_{host}"
+    )
+    try:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+            run=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+            metrics=ocp.JsonCheckpointHandler(multiprocessing_options=alone),  # else it warns
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return method(checkpointer, checkpoint.absolute())
+    except Exception as error:  # Orbax and TensorStore have many, and no base for them
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
+
+
+def _read_records(path: Path) -> Iterator[Record]:
+    """The lines of metrics.jsonl; one that a run is just writing is left out."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return  # of a run in its first epoch
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            return
+        try:
+            record = json.loads(line)
+            yield record | {name: _number(record[name]) for name in _METRICS}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged in line {number}: {error!r}") from error
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def _words(content: Any) -> dict[str, str]:
+    return {str(k): str(v) for k, v in content.items()} if isinstance(content, dict) else {}

@@ -1,0 +1,156 @@
+"""Opening a run's folder, whole, damaged, or with a run at work in it."""
+
+import hashlib
+import json
+import shutil
+
+import chex
+import filelock
+import jax
+import numpy as np
+import pytest
+
+import flax_resnet as fr
+from flax_resnet import runs
+from flax_resnet.data import normalize
+from flax_resnet.training import check_config
+
+
+def contents(folder):
+    """Of every file: its bytes and when they were written."""
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob("*")
+    }
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_newest_checkpoint_is_the_state_at_the_end(finished, config):
+    folder, state = finished
+    run = fr.load_run(folder, "newest")
+    chex.assert_trees_all_equal(jax.device_get(run.variables), jax.device_get(state.variables))
+    assert run.step == 32
+    assert run.config == check_config(config)
+    assert run.class_names == tuple("0123456789")
+    assert run.image_shape == (32, 32, 3)
+    images = fr.load_dataset("digits", config.train_split, config.data_dir).images / 255
+    np.testing.assert_allclose(run.mean, images.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(run.std, images.std((0, 1, 2)), rtol=1e-6)
+    assert [record["epoch"] for record in run.records] == [1, 2, 3, 4]
+    assert run.test_accuracy == run.records[-1]["test_accuracy"]
+    assert run.versions["jax"] == jax.__version__
+    assert run.hardware["devices"] == "8 x cpu (cpu)"
+    assert set(run.hardware) == {"devices", "cpu", "memory", "system", "python"}
+
+
+def test_best_and_numbered_checkpoints(finished):
+    run = fr.load_run(finished[0])
+    best = max(run.records, key=lambda record: record["test_accuracy"])
+    assert (run.step, run.test_accuracy) == (best["step"], best["test_accuracy"])
+    for step in (24, "24"):
+        assert fr.load_run(finished[0], step).step == 24
+
+
+def test_folder_stays_as_it_is_while_a_run_is_at_work(run_copy):
+    # A checkpoint, and a line of metrics.jsonl, that are just being written.
+    (run_copy / "checkpoints" / "40.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with (run_copy / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 5, "st')
+    with filelock.FileLock(run_copy / ".lock"):
+        before = contents(run_copy)
+        run = fr.load_run(run_copy, "newest")
+        assert contents(run_copy) == before
+    assert (run.step, len(run.records)) == (32, 4)
+
+
+def test_checkpoint_that_a_run_deletes_meanwhile(run_copy, monkeypatch):
+    def damage_of(checkpoint):
+        if checkpoint.name == "32":
+            shutil.rmtree(checkpoint)
+            return "state/manifest.ocdbt is missing"
+
+    monkeypatch.setattr(runs, "damage_of", damage_of)
+    monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
+    assert fr.load_run(run_copy, "newest").step == 24
+
+
+def test_run_in_its_first_epoch(run_copy):
+    for name in ("16", "24", "32"):
+        history = run_copy / "checkpoints" / name / "run" / "metadata"
+        change_json(history, records=[])
+        change_json(
+            history.parents[1] / "manifest.json",
+            **{"run/metadata": hashlib.sha256(history.read_bytes()).hexdigest()},
+        )
+    (run_copy / "metrics.jsonl").unlink()
+    run = fr.load_run(run_copy)
+    assert (run.test_accuracy, run.records) == (None, ())
+
+
+def flip_a_bit(folder):
+    path = max(
+        (folder / "checkpoints" / "32" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
+    )
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "is not the folder of a run: it has no config"),
+        (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
+        (lambda f: change_json(f / "config.json", seeed=1), "did you mean 'seed'?"),
+        (lambda f: change_json(f / "config.json", model="cifar_resnet20"), "is of another model"),
+        (lambda f: (f / "dataset.json").unlink(), "dataset.json cannot be read"),
+        (lambda f: change_json(f / "dataset.json", class_names="0123456789"), "is damaged"),
+        (lambda f: change_json(f / "dataset.json", std=[1.0]), "is damaged: it does not hold"),
+        (lambda f: change_json(f / "dataset.json", class_names=["cat"]), "is of another model"),
+        (lambda f: (f / "metrics.jsonl").write_text('{"epoch": "1"}\n'), "is damaged in line 1"),
+        (lambda f: shutil.rmtree(f / "checkpoints"), "holds no checkpoint yet"),
+        (flip_a_bit, "checkpoints/32 is damaged: state/"),
+    ],
+)
+def test_bad_folder_is_one_line(run_copy, monkeypatch, damage, message):
+    monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
+    damage(run_copy)
+    with pytest.raises(fr.InputError, match=r"\A[^\n]+\Z") as error:
+        fr.load_run(run_copy, "newest")
+    assert message in str(error.value)
+    assert str(run_copy) in str(error.value)
+
+
+def test_dataset_json_of_an_earlier_version(run_copy, config):
+    content = json.loads((run_copy / "dataset.json").read_text())
+    del content["image_shape"]
+    (run_copy / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(fr.InputError, match=r"start train.py again with this --workdir"):
+        fr.load_run(run_copy)
+    fr.train(config, run_copy)
+    assert fr.load_run(run_copy).image_shape == (32, 32, 3)
+
+
+def test_unknown_checkpoint_names_those_there_are(finished):
+    with pytest.raises(fr.InputError, match=r"no checkpoint 33 .* newest or one of .*24, 32"):
+        fr.load_run(finished[0], 33)
+
+
+def test_classifier_is_the_model_on_normalised_images(finished, config):
+    run = fr.load_run(finished[0], "newest")
+    images = fr.load_dataset("digits", "test[:7]", config.data_dir).images
+
+    @jax.jit
+    def logits(images):
+        return run.model.apply(run.variables, normalize(images, run.mean, run.std), train=False)
+
+    expected = logits(images)
+    classify = runs.make_classifier(run, 10)
+    np.testing.assert_allclose(classify(images), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(classify(images[:1]), expected[:1], rtol=1e-4, atol=1e-4)
+    both = (expected + logits(np.flip(images, 2))) / 2
+    flipped = runs.make_classifier(run, 10, flip=True)(images)
+    np.testing.assert_allclose(flipped, both, rtol=1e-4, atol=1e-4)
