@@ -60,9 +60,8 @@ def rewrite(docstring: str, returns: str) -> str:
       returns: the type that the function returns.
     """
     lines: list[str] = []
-    entries = re.split(
-        r"^(?=\S|  \S)", docstring + "\n", flags=re.MULTILINE
-    )  # with what hangs on them
+    # Every entry with the lines that are indented under it.
+    entries = re.split(r"^(?=\S|  \S)", docstring + "\n", flags=re.MULTILINE)
     section = when = ""
     for entry in entries:
         if not entry.startswith(" "):
