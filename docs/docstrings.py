@@ -1,0 +1,81 @@
+"""Reads our code for the API page: what is not in Google's style, or not in the source.
+
+`mean, std: of each channel` describes two arguments at once; `Raises (when called):` says
+when; `Returns:` is plain text. A Flax module has no `__init__` to be seen, and the keys of a
+recipe are described by comments.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+
+
+class HouseStyle(griffe.Extension):
+    """Rewrites docstrings before they are parsed, and gives Flax modules their signature."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            returns = obj.returns if isinstance(obj, griffe.Function) else None
+            obj.docstring.value = rewrite(obj.docstring.value, str(returns))
+            if obj.name == "Config":
+                fields = textwrap.dedent(obj.source.partition('"""\n\n')[2])
+                obj.docstring.value += f"\n```python\n{fields}\n```\n"
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for cls in _classes(pkg):
+            family = [*reversed(cls.mro()), cls]
+            bases = [str(base) for one in family for base in one.bases]
+            if any(base.endswith(("nn.Module", "PyTreeNode")) for base in bases):
+                fields = {
+                    name: griffe.Parameter(
+                        name,
+                        annotation=field.annotation,
+                        default=field.value,
+                        kind=griffe.ParameterKind.positional_or_keyword,
+                    )
+                    for one in family
+                    for name, field in one.attributes.items()
+                    if "instance-attribute" in field.labels  # a ClassVar is not
+                }
+                signature = griffe.Parameters(*fields.values())
+                cls.set_member("__init__", griffe.Function("__init__", parameters=signature))
+
+
+def _classes(module: griffe.Module) -> Iterator[griffe.Class]:
+    for member in module.members.values():
+        if isinstance(member, griffe.Class):
+            yield member
+        elif isinstance(member, griffe.Module):
+            yield from _classes(member)
+
+
+def rewrite(docstring: str, returns: str) -> str:
+    """The same in words that the parser knows.
+
+    Args:
+      docstring: its indentation is removed.
+      returns: the type that the function returns.
+    """
+    lines: list[str] = []
+    # Every entry with the lines that are indented under it.
+    entries = re.split(r"^(?=\S|  \S)", docstring + "\n", flags=re.MULTILINE)
+    section = when = ""
+    for entry in entries:
+        if not entry.startswith(" "):
+            section, _, when = entry.strip().rstrip("):").partition(" (")
+            lines.append("Raises:\n" if section == "Raises" else entry)
+        elif section == "Returns" and lines[-1].startswith("Returns"):
+            lines.append(f"  {returns}: {entry.lstrip()}")
+        elif section == "Raises" and when:
+            lines.append(entry.replace(": ", f": {when}, ", 1))
+        elif names := re.match(r"  ([a-z_]+(?:, [a-z_]+)+): ", entry):
+            text = entry[names.end() :]
+            lines += [f"  {name}: {text}" for name in names[1].split(", ")]
+        elif section == "Attributes" and ":" not in entry:  # and those of another class
+            lines.append(f"\n{entry[2].upper()}{entry[3:]}")
+        else:
+            lines.append(entry)
+    return "".join(lines)

@@ -1,0 +1,168 @@
+"""The programs and commands of the documentation, run as they stand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flax_resnet as fr
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page, language, title=None):
+    """The fenced code of a page in one language, and of one title where it is given."""
+    text = (ROOT / "docs" / page).read_text()
+    fences = re.findall(rf'```{language}(?: title="(.*?)")?\n(.*?)```', text, re.DOTALL)
+    return [code for its_title, code in fences if title is None or re.match(title, its_title)]
+
+
+def test_quick_start():
+    for code in blocks("index.md", "python"):
+        exec(code, {})
+
+
+# From PyTorch.
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The names that the PyTorch side of from-pytorch.md leaves, without data."""
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    torch.manual_seed(0)
+    names = {"trainloader": [(torch.rand(4, 3, 64, 64), torch.arange(4))]}
+    for code in blocks("from-pytorch.md", "python", "PyTorch"):
+        if not re.search("torchvision|transform|import resnet|self.inplanes = 16", code):
+            exec(code, names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def ours(theirs):
+    """The names that the Flax side leaves, with noise for CIFAR-10."""
+
+    def load_dataset(name, split):
+        assert name == "cifar10"
+        random = np.random.default_rng(0)
+        images = random.integers(0, 256, (300, 8, 8, 3), np.uint8)
+        return fr.Dataset(images, random.integers(0, 10, 300, np.int32), tuple("abcdefghij"))
+
+    names = {"state_dict": theirs["state_dict"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fr, "load_dataset", load_dataset)
+        for code in blocks("from-pytorch.md", "python", "Flax"):
+            # The page ends with the library's blocks under the names of its own.
+            exec(code, dict(names) if "= fr.BasicBlock" in code else names)
+    return names
+
+
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_both_sides_compute_the_same(theirs, ours, block, rng):
+    layers = (2, 1, 1, 1)
+    torch_model = theirs["ResNet"](theirs[block], layers, num_classes=10)
+    torch_model.eval()
+    images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
+    torch_images = theirs["torch"].tensor(images.transpose(0, 3, 1, 2))
+    expected = torch_model(torch_images).detach().numpy()
+    for model in (
+        ours["ResNet"](ours[block], layers, num_classes=10),
+        fr.ResNet(getattr(fr, block), layers, num_classes=10),
+    ):
+        variables = fr.from_torch(model, torch_model.state_dict())
+        logits = jax.jit(lambda v, x, model=model: model.apply(v, x, train=False))(
+            variables, images
+        )
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_flax_side_trains(ours):
+    assert int(ours["state"].step) == 1
+    assert np.isfinite(ours["metrics"]["loss"])
+    assert ours["logits"].shape == (2, 10)
+
+
+# Commands.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder like a clone of the repository, whose runs are not the user's."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("train.py", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def run(command, folder, data_dir, *, overrides=""):
+    """Runs a shell command, training for less long with these overrides."""
+    command = re.sub(r"(python train[.]py(?:\\\n|.)*)", rf"\1 {overrides}", command)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(data_dir)}
+    result = subprocess.run(
+        ["bash", "-euc", command],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def tutorial(folder, digits_dir):
+    """The folder after the commands of the tutorial, and what its Python printed."""
+    short = "--config.num_epochs=3 --config.warmup_epochs=1"
+    install, first, other, look, tensorboard, second, predict = blocks("tutorial.md", "sh")
+    assert "pip install" in install
+    assert tensorboard == "tensorboard --logdir runs\n"
+    assert second == first.replace("first", "second")
+    for command in (first, other, look):
+        run(command, folder, digits_dir, overrides=short)
+    (folder / "tutorial.py").write_text("\n".join(blocks("tutorial.md", "python")))
+    printed = run("python tutorial.py", folder, digits_dir).stdout
+    return folder, printed + run(predict, folder, digits_dir).stdout
+
+
+def test_tutorial(tutorial):
+    folder, printed = tutorial
+    assert {"curves.png", "metrics.jsonl", "checkpoints", "config.json", "dataset.json"} <= {
+        path.name for path in (folder / "runs" / "first").iterdir()
+    }
+    expected = r"It is a \d\nthe net says \[.*\] and it is \[.*\]\ndigit[.]png\n( +[\d.]+%  \d\n)+"
+    assert re.fullmatch(expected, printed), printed
+
+
+def test_export(tutorial, digits_dir):
+    pytest.importorskip("flatbuffers")
+    folder, _ = tutorial
+    for i, code in enumerate(blocks("how-to/export.md", "python")):
+        (folder / f"export{i}.py").write_text(code)
+        run(f"python export{i}.py", folder, digits_dir)
+
+
+def test_own_pictures(folder, digits_dir, rng):
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("cat", "dog"):
+            place = folder / "pictures" / split / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (*rng.integers(40, 90, 2), 3), np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.{'jpg' if i % 2 else 'png'}")
+    (folder / "pictures.py").write_text(*blocks("how-to/own-data.md", "python"))
+    prepare, train = blocks("how-to/own-data.md", "sh")
+    run(prepare, folder, digits_dir)
+    result = run(
+        train,
+        folder,
+        digits_dir,
+        overrides="--config.model=cifar_resnet8 --config.batch_size=8 --config.num_epochs=1",
+    )
+    assert "40 training and 10 test images" in result.stderr
+    assert fr.load_dataset("pictures", "test", str(folder / "data")).image_shape == (64, 64, 3)
