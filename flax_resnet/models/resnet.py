@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
+from flax_resnet.models.freezing import has_frozen_statistics
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -101,6 +102,8 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       splits: equal parts of the batch, each normalised by its own statistics; the running
         ones move towards their mean. With one part a device nothing crosses devices.
+      frozen: whether the BatchNorm of that path keeps its running statistics, and
+        normalises by them in training too: what `eval()` is to a module of PyTorch's.
       zero_init: start the scale at zero instead of one.
       dtype: type of the output.
     """
@@ -109,6 +112,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     splits: int = 1
+    frozen: Callable[[tuple[str, ...]], bool] | None = None
     zero_init: bool = False
     dtype: Dtype = jnp.float32
 
@@ -123,7 +127,7 @@ class BatchNorm(nn.Module):
 
         shape = x.shape
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        if self.train:
+        if self.train and not (self.frozen and self.frozen(self.path)):
             x = x.reshape(self.splits, -1, *shape[1:])
             mean = x.mean((1, 2, 3))
             var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
@@ -511,6 +515,9 @@ class ResNet(nn.Module):
         names and values either way; see also `stack_blocks`. For GPU and TPU: XLA:CPU
         is slow in loops.
       bn_splits: see `BatchNorm`.
+      frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
+        statistics and normalise by them in training too, such as ("bn1", "layer1");
+        `*`, `?` and `[]` as in file names. Their parameters are the optimizer's to freeze.
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
@@ -535,6 +542,7 @@ class ResNet(nn.Module):
     stochastic_depth: float = 0.0
     scan_blocks: bool = False
     bn_splits: int = 1
+    frozen: Sequence[str] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -542,8 +550,9 @@ class ResNet(nn.Module):
         self, x: jax.Array, *, train: bool, features: bool = False
     ) -> jax.Array | dict[str, jax.Array]:
         self._check(x)
-        norms = {"batch": partial(BatchNorm, splits=self.bn_splits), "group": GroupNorm}
-        norm = norms[self.norm]
+        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
+        norm = {"batch": batch_norm, "group": GroupNorm}[self.norm]
         bn = partial(norm, train, dtype=self.dtype)
         outputs = {}
 
@@ -631,6 +640,10 @@ class ResNet(nn.Module):
             raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
         if self.norm == "group" and self.bn_splits != 1:
             raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
+        if self.frozen and self.scan_blocks:
+            raise ValueError(
+                "scan_blocks=True runs blocks as one: it cannot have some of them frozen"
+            )
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is from 0 to below 1, not {getattr(self, name)}")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
 
@@ -34,6 +35,7 @@ class VGG(nn.Module):
       hidden: width of the first two linear layers.
       dropout: share of the values that training sets to zero after each of these.
       bn_splits: see `BatchNorm`.
+      frozen: see `ResNet`.
       dtype: type of the compute.
 
     Raises (when called):
@@ -47,6 +49,7 @@ class VGG(nn.Module):
     hidden: int = 4096
     dropout: float = 0.5
     bn_splits: int = 1
+    frozen: Sequence[str] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -55,7 +58,8 @@ class VGG(nn.Module):
     ) -> jax.Array | dict[str, jax.Array]:
         self._check(x)
         conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
-        bn = partial(BatchNorm, train, splits=self.bn_splits, dtype=self.dtype)
+        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        bn = partial(BatchNorm, train, splits=self.bn_splits, frozen=frozen, dtype=self.dtype)
         outputs = {}
         index = 0  # in torchvision's `features`, where ReLU and max-pool count too
         for stage, (convs, planes) in enumerate(zip(self.layers, self.widths, strict=True), 1):
