@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
 from flax_resnet.models.freezing import has_frozen_statistics
@@ -62,7 +63,7 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow {self.planes}"]:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.planes)
         kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -117,7 +118,7 @@ class BatchNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         channels = (x.shape[-1],)
         scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         scale = self.param("scale", scale_init, channels, jnp.float32)
@@ -163,7 +164,7 @@ class GroupNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         channels = x.shape[-1]
         scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         scale = self.param("scale", scale_init, (channels,), jnp.float32)
@@ -182,7 +183,7 @@ class GroupNorm(nn.Module):
 
 
 @jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
+def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
     return jnp.maximum(x, 0)
 
@@ -206,7 +207,7 @@ class SqueezeExcite(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         planes = x.shape[-1]
         reduced = max(8, int(planes / 16 + 4) // 8 * 8)
         means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
@@ -222,7 +223,7 @@ Norm = Callable[..., nn.Module]
 
 
 def shortcut_connection(
-    x: jax.Array,
+    x: Float[Array, "n h w c"],
     planes: int,
     stride: int,
     kind: str,
@@ -230,7 +231,7 @@ def shortcut_connection(
     train: bool,
     norm: Norm | None,
     dtype: Dtype,
-) -> jax.Array | None:
+) -> Float[Array, "n oh ow {planes}"] | None:
     """Brings a block's input to the shape of its output; x itself where that is its shape.
 
     Args:
@@ -333,7 +334,9 @@ class ResidualBlock(nn.Module):
         # Under scan_blocks the rate is traced.
         return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
 
-    def _shortcut(self, x: jax.Array, train: bool) -> jax.Array | None:
+    def _shortcut(
+        self, x: Float[Array, "n h w c"], train: bool
+    ) -> Float[Array, "n oh ow co"] | None:
         if self.shortcut == "none" and self._drops_branch():
             raise ValueError("stochastic_depth needs a shortcut: shortcut='none' leaves nothing")
         if self.zero_init_residual and (self.preactivation or self.shortcut == "none"):
@@ -351,7 +354,12 @@ class ResidualBlock(nn.Module):
             dtype=self.dtype,
         )
 
-    def _join(self, branch: jax.Array, shortcut: jax.Array | None, train: bool) -> jax.Array:
+    def _join(
+        self,
+        branch: Float[Array, "n h w c"],
+        shortcut: Float[Array, "n h w c"] | None,
+        train: bool,
+    ) -> Float[Array, "n h w c"]:
         """Residual branch and shortcut as one."""
         if self.squeeze_excite:
             branch = SqueezeExcite(self.dtype, name="se")(branch)
@@ -372,7 +380,9 @@ class BasicBlock(ResidualBlock):
     expansion: ClassVar[int] = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
         identity = self._shortcut(x, train)
@@ -397,7 +407,9 @@ class Bottleneck(ResidualBlock):
     expansion: ClassVar[int] = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         norm = partial(self.norm, train, dtype=dtype)
         identity = self._shortcut(x, train)
@@ -435,7 +447,9 @@ class PreActBasicBlock(ResidualBlock):
     preactivation: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
 
@@ -458,7 +472,9 @@ class PreActBottleneck(ResidualBlock):
     preactivation: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         out_planes = self.planes * self.expansion
         norm = partial(self.norm, train, dtype=dtype)
@@ -547,8 +563,8 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, features: bool = False
-    ) -> jax.Array | dict[str, jax.Array]:
+        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+    ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
         batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
@@ -651,8 +667,13 @@ class ResNet(nn.Module):
             raise ValueError(f"dropout is for PreActBasicBlock, not {self.block.__name__}")
 
     def _scan(
-        self, block: ResidualBlock, stage: int, rates: Sequence[float], x: jax.Array, train: bool
-    ) -> jax.Array:
+        self,
+        block: ResidualBlock,
+        stage: int,
+        rates: Sequence[float],
+        x: Float[Array, "n h w c"],
+        train: bool,
+    ) -> Float[Array, "n h w c"]:
         """Runs the blocks of a stage but the first in a `lax.scan` over their variables.
 
         These are stacked for it, unless they come as `stack_blocks` leaves them.

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
@@ -54,8 +55,8 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, features: bool = False
-    ) -> jax.Array | dict[str, jax.Array]:
+        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+    ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
         frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
@@ -109,7 +110,9 @@ class VGG(nn.Module):
             raise ValueError(f"bn_splits={self.bn_splits} is for batch_norm=True")
 
 
-def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+def adaptive_average_pool(
+    x: Float[Array, "n h w c"], size: int
+) -> Float[Array, "n {size} {size} c"]:
     """Means over size x size parts of every image, as torch.nn.AdaptiveAvgPool2d.
 
     Part i of n pixels goes from i * n / size, rounded down, to (i + 1) * n / size, rounded
