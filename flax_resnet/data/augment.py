@@ -6,11 +6,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float32, Int, Key, Shaped
 
 
 def augment(
-    images: ArrayLike, index: ArrayLike, key: jax.Array, *, crop_padding: int, flip: bool
-) -> jax.Array:
+    images: Shaped[ArrayLike, "n h w c"],
+    index: Int[ArrayLike, " n"],
+    key: Key[Array, ""],
+    *,
+    crop_padding: int,
+    flip: bool,
+) -> Shaped[Array, "n h w c"]:
     """A random crop and a random horizontal flip of each image.
 
     What an image becomes depends on `key` and its own index alone, so not on the batch
@@ -44,7 +50,9 @@ def augment(
     return images
 
 
-def normalize(images: ArrayLike, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+def normalize(
+    images: Shaped[ArrayLike, "n h w c"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Array, "n h w c"]:
     """float32 (images / 255 - mean) / std.
 
     Args:

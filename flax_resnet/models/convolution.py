@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
 
 from flax_resnet.models import native
 
@@ -39,7 +40,9 @@ class Geometry(NamedTuple):
     window: tuple[int, int]
 
 
-def convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+def convolution(
+    x: Float[Array, "n h w ci"], kernel: Float[Array, "kh kw ci co"], *, stride: int, padding: int
+) -> Float[Array, "n oh ow co"]:
     """Convolves images with a kernel, as torch.nn.functional.conv2d does.
 
     Args:
@@ -57,8 +60,13 @@ def convolution(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -
 
 
 def grouped_convolution(
-    x: jax.Array, kernel: jax.Array, *, groups: int, stride: int, padding: int
-) -> jax.Array:
+    x: Float[Array, "n h w ci"],
+    kernel: Float[Array, "kh kw {x.shape[-1]//groups} co"],
+    *,
+    groups: int,
+    stride: int,
+    padding: int,
+) -> Float[Array, "n oh ow co"]:
     """Convolves parts of the channels apart, as torch.nn.functional.conv2d does with groups.
 
     Args:

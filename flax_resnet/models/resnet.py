@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
+from flax_resnet.models.freezing import has_frozen_statistics
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -61,7 +63,7 @@ class Conv(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow {self.planes}"]:
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.planes)
         kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -101,6 +103,8 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       splits: equal parts of the batch, each normalised by its own statistics; the running
         ones move towards their mean. With one part a device nothing crosses devices.
+      frozen: whether the BatchNorm of that path keeps its running statistics, and
+        normalises by them in training too: what `eval()` is to a module of PyTorch's.
       zero_init: start the scale at zero instead of one.
       dtype: type of the output.
     """
@@ -109,11 +113,12 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     splits: int = 1
+    frozen: Callable[[tuple[str, ...]], bool] | None = None
     zero_init: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         channels = (x.shape[-1],)
         scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         scale = self.param("scale", scale_init, channels, jnp.float32)
@@ -123,7 +128,7 @@ class BatchNorm(nn.Module):
 
         shape = x.shape
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
-        if self.train:
+        if self.train and not (self.frozen and self.frozen(self.path)):
             x = x.reshape(self.splits, -1, *shape[1:])
             mean = x.mean((1, 2, 3))
             var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
@@ -159,7 +164,7 @@ class GroupNorm(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         channels = x.shape[-1]
         scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         scale = self.param("scale", scale_init, (channels,), jnp.float32)
@@ -178,7 +183,7 @@ class GroupNorm(nn.Module):
 
 
 @jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
+def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
     return jnp.maximum(x, 0)
 
@@ -202,7 +207,7 @@ class SqueezeExcite(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         planes = x.shape[-1]
         reduced = max(8, int(planes / 16 + 4) // 8 * 8)
         means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
@@ -218,7 +223,7 @@ Norm = Callable[..., nn.Module]
 
 
 def shortcut_connection(
-    x: jax.Array,
+    x: Float[Array, "n h w c"],
     planes: int,
     stride: int,
     kind: str,
@@ -226,7 +231,7 @@ def shortcut_connection(
     train: bool,
     norm: Norm | None,
     dtype: Dtype,
-) -> jax.Array | None:
+) -> Float[Array, "n oh ow {planes}"] | None:
     """Brings a block's input to the shape of its output; x itself where that is its shape.
 
     Args:
@@ -329,7 +334,9 @@ class ResidualBlock(nn.Module):
         # Under scan_blocks the rate is traced.
         return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
 
-    def _shortcut(self, x: jax.Array, train: bool) -> jax.Array | None:
+    def _shortcut(
+        self, x: Float[Array, "n h w c"], train: bool
+    ) -> Float[Array, "n oh ow co"] | None:
         if self.shortcut == "none" and self._drops_branch():
             raise ValueError("stochastic_depth needs a shortcut: shortcut='none' leaves nothing")
         if self.zero_init_residual and (self.preactivation or self.shortcut == "none"):
@@ -347,7 +354,12 @@ class ResidualBlock(nn.Module):
             dtype=self.dtype,
         )
 
-    def _join(self, branch: jax.Array, shortcut: jax.Array | None, train: bool) -> jax.Array:
+    def _join(
+        self,
+        branch: Float[Array, "n h w c"],
+        shortcut: Float[Array, "n h w c"] | None,
+        train: bool,
+    ) -> Float[Array, "n h w c"]:
         """Residual branch and shortcut as one."""
         if self.squeeze_excite:
             branch = SqueezeExcite(self.dtype, name="se")(branch)
@@ -368,7 +380,9 @@ class BasicBlock(ResidualBlock):
     expansion: ClassVar[int] = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
         identity = self._shortcut(x, train)
@@ -393,7 +407,9 @@ class Bottleneck(ResidualBlock):
     expansion: ClassVar[int] = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         norm = partial(self.norm, train, dtype=dtype)
         identity = self._shortcut(x, train)
@@ -431,7 +447,9 @@ class PreActBasicBlock(ResidualBlock):
     preactivation: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
 
@@ -454,7 +472,9 @@ class PreActBottleneck(ResidualBlock):
     preactivation: ClassVar[bool] = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "n h w c"], *, train: bool
+    ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         out_planes = self.planes * self.expansion
         norm = partial(self.norm, train, dtype=dtype)
@@ -511,6 +531,9 @@ class ResNet(nn.Module):
         names and values either way; see also `stack_blocks`. For GPU and TPU: XLA:CPU
         is slow in loops.
       bn_splits: see `BatchNorm`.
+      frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
+        statistics and normalise by them in training too, such as ("bn1", "layer1");
+        `*`, `?` and `[]` as in file names. Their parameters are the optimizer's to freeze.
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
@@ -535,15 +558,17 @@ class ResNet(nn.Module):
     stochastic_depth: float = 0.0
     scan_blocks: bool = False
     bn_splits: int = 1
+    frozen: Sequence[str] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, features: bool = False
-    ) -> jax.Array | dict[str, jax.Array]:
+        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+    ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
-        norms = {"batch": partial(BatchNorm, splits=self.bn_splits), "group": GroupNorm}
-        norm = norms[self.norm]
+        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
+        norm = {"batch": batch_norm, "group": GroupNorm}[self.norm]
         bn = partial(norm, train, dtype=self.dtype)
         outputs = {}
 
@@ -631,6 +656,10 @@ class ResNet(nn.Module):
             raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
         if self.norm == "group" and self.bn_splits != 1:
             raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
+        if self.frozen and self.scan_blocks:
+            raise ValueError(
+                "scan_blocks=True runs blocks as one: it cannot have some of them frozen"
+            )
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is from 0 to below 1, not {getattr(self, name)}")
@@ -638,8 +667,13 @@ class ResNet(nn.Module):
             raise ValueError(f"dropout is for PreActBasicBlock, not {self.block.__name__}")
 
     def _scan(
-        self, block: ResidualBlock, stage: int, rates: Sequence[float], x: jax.Array, train: bool
-    ) -> jax.Array:
+        self,
+        block: ResidualBlock,
+        stage: int,
+        rates: Sequence[float],
+        x: Float[Array, "n h w c"],
+        train: bool,
+    ) -> Float[Array, "n h w c"]:
         """Runs the blocks of a stage but the first in a `lax.scan` over their variables.
 
         These are stacked for it, unless they come as `stack_blocks` leaves them.

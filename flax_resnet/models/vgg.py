@@ -11,7 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
 
@@ -34,6 +36,7 @@ class VGG(nn.Module):
       hidden: width of the first two linear layers.
       dropout: share of the values that training sets to zero after each of these.
       bn_splits: see `BatchNorm`.
+      frozen: see `ResNet`.
       dtype: type of the compute.
 
     Raises (when called):
@@ -47,15 +50,17 @@ class VGG(nn.Module):
     hidden: int = 4096
     dropout: float = 0.5
     bn_splits: int = 1
+    frozen: Sequence[str] = ()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, train: bool, features: bool = False
-    ) -> jax.Array | dict[str, jax.Array]:
+        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+    ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
-        bn = partial(BatchNorm, train, splits=self.bn_splits, dtype=self.dtype)
+        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        bn = partial(BatchNorm, train, splits=self.bn_splits, frozen=frozen, dtype=self.dtype)
         outputs = {}
         index = 0  # in torchvision's `features`, where ReLU and max-pool count too
         for stage, (convs, planes) in enumerate(zip(self.layers, self.widths, strict=True), 1):
@@ -105,7 +110,9 @@ class VGG(nn.Module):
             raise ValueError(f"bn_splits={self.bn_splits} is for batch_norm=True")
 
 
-def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+def adaptive_average_pool(
+    x: Float[Array, "n h w c"], size: int
+) -> Float[Array, "n {size} {size} c"]:
     """Means over size x size parts of every image, as torch.nn.AdaptiveAvgPool2d.
 
     Part i of n pixels goes from i * n / size, rounded down, to (i + 1) * n / size, rounded

@@ -65,17 +65,11 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
         or of another shape, or says why the source cannot be read.
     """
     state_dict = read_state_dict(source)
-    head = _head(model)
-    shapes = [state_dict[name].shape for name in map(_torch_name, head) if name in state_dict]
-    classes = shapes[0][0] if shapes and shapes[0] else 0
     try:
-        variables = from_torch(model.clone(num_classes=classes), state_dict)
+        flat, classes = fit_weights(model, state_dict)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    if classes == model.num_classes:
-        return variables
-    flat = {path: value for path, value in flatten_dict(variables).items() if path not in head}
-    if model.num_classes:
+    if model.num_classes not in (0, classes):
         logging.getLogger(__name__).warning(
             "%s has %d classes, not %d: the classifier starts anew",
             source,
@@ -86,10 +80,36 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
         @jax.jit
         def new_head():
             initial = flatten_dict(_init(model))
-            return {path: initial[path] for path in head}
+            return {path: initial[path] for path in initial if path not in flat}
 
         flat |= new_head()
     return unflatten_dict(flat)
+
+
+def fit_weights(
+    model: nn.Module, state_dict: Mapping[str, Any]
+) -> tuple[dict[tuple[str, ...], jax.Array], int]:
+    """A model's variables by their paths, but the classifier where the classes are not as many.
+
+    Args:
+      model: a `ResNet` or `VGG`.
+      state_dict: see `from_torch`.
+
+    Returns:
+      Variables, and the number of classes of the state_dict: 0 if it has no classifier.
+
+    Raises:
+      ValueError: see `pretrained`.
+    """
+    head = _head(model)
+    shapes = [state_dict[name].shape for name in map(_torch_name, head) if name in state_dict]
+    classes = shapes[0][0] if shapes and shapes[0] else 0
+    flat: dict[tuple[str, ...], Any] = flatten_dict(
+        from_torch(model.clone(num_classes=classes), state_dict)
+    )
+    if classes != model.num_classes:
+        flat = {path: value for path, value in flat.items() if path not in head}
+    return flat, classes
 
 
 def _head(model: nn.Module) -> list[tuple[str, ...]]:

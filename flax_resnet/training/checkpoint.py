@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from flax_resnet.errors import InputError
@@ -225,6 +227,41 @@ class Checkpoints:
         return InputError(
             f"a checkpoint cannot be written to {self._folder}: {_one_line(error)}; {last}"
         )
+
+
+def read_best(workdir: Path) -> dict[str, Any]:
+    """Variables of a run's best checkpoint; of its newest, if none is at an epoch's end.
+
+    Returns:
+      {"params": ..., "batch_stats": ...}, NumPy arrays.
+
+    Raises:
+      InputError: if `workdir` has no checkpoint, or one that is damaged.
+    """
+    folder = workdir.absolute() / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    if not steps:
+        raise InputError(f"{workdir} holds no checkpoint of a run")
+    newest = folder / str(max(steps))
+    try:
+        best = json.loads((newest / "run" / "metadata").read_text())["best"]
+        checkpoint = folder / str(best["step"]) if best else newest
+        if found := _damage(checkpoint):
+            raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
+        # Not a checkpointer's metadata, which warns of a file that Orbax can do without.
+        stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state")).tree
+        # The optimizer's state stays on disk.
+        like = {kind: stored[kind] for kind in ("params", "batch_stats")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        arguments = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(checkpoint / "state", args=arguments)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and TensorStore have many, and no base for them
+        raise InputError(
+            f"the checkpoint in {newest} cannot be read: {_one_line(error)}"
+        ) from error
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:

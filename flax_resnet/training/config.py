@@ -2,20 +2,23 @@
 
 import dataclasses
 import difflib
+import fnmatch
 import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from flax_resnet.errors import InputError
 from flax_resnet.models import ResNet, create_model
+from flax_resnet.models.freezing import is_frozen, names_of
 
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -52,6 +55,16 @@ class Config:
     model_fields: Mapping[str, Any] = field(default_factory=dict)
     # Type of the compute; "auto" is bfloat16 on GPU and TPU and float32 on CPU.
     dtype: str = "auto"
+    # The weights to start from: a run's folder, of which the best checkpoint counts, a
+    # .safetensors, .pth or .pt file, or the id of a Hugging Face Hub repository. A classifier
+    # of another number of classes starts anew. None for random weights; "" asks for some.
+    # The run's own checkpoints hold everything, so it is read before the first step alone.
+    init_from: str | None = None
+    # Modules and parameters that stay as they are, by their names in PyTorch, e.g.
+    # ("conv1", "bn1", "layer1", "layer2.0"), in which *, ? and [] are as in file names. They
+    # get no update and no weight decay, and a frozen BatchNorm keeps its running statistics
+    # and normalises by them in training too.
+    freeze: tuple[str, ...] = ()
 
     # Examples a step, over all devices together. What is left of an epoch is dropped:
     # another part of the examples every epoch.
@@ -92,7 +105,15 @@ class Config:
     on_nan: str = "stop"
 
 
-_DECIDED_BY_OTHER_KEYS = {"num_classes", "dtype", "bn_splits", "weights", "name", "parent"}
+_DECIDED_BY_OTHER_KEYS = {
+    "num_classes",
+    "dtype",
+    "bn_splits",
+    "frozen",
+    "weights",
+    "name",
+    "parent",
+}
 
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -214,7 +235,7 @@ def _model_problems(run: Config) -> list[str]:
         return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     try:
-        model = create_model(run.model, **run.model_fields)
+        model = create_model(run.model, frozen=run.freeze, **run.model_fields)
     except ValueError as error:
         return [str(error)]
     except TypeError as error:
@@ -222,10 +243,24 @@ def _model_problems(run: Config) -> list[str]:
     if not run.model_fields:
         return []  # a model as it is fits
     try:
-        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
     except Exception as error:  # of whatever a field is used for
         return [f"model_fields do not fit {run.model}: {' '.join(str(error).split())[:200]}"]
-    return []
+    return _freeze_problems(run, flatten_dict(variables))
+
+
+def _freeze_problems(run: Config, paths: Iterable[tuple[str, ...]]) -> list[str]:
+    names = list(dict.fromkeys(name for path in paths for name in names_of(path)))
+    outermost = [name for name in names if "." not in name]
+    problems = []
+    for pattern in run.freeze:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=2)
+            hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(outermost)}"
+            problems.append(f"freeze: nothing in {run.model} is called {_short(pattern)}: {hint}")
+    if all(is_frozen(path, run.freeze) for path in paths if path[0] == "params"):
+        problems.append("freeze leaves nothing to train")
+    return problems
 
 
 def _short(value: Any) -> str:

@@ -4,10 +4,11 @@ import contextlib
 import math
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_as
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
+from flax_resnet.training.initial import Weights, fit_initial, read_initial, start_from
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
 from flax_resnet.training.progress import Progress, say
 from flax_resnet.training.signals import Signals
@@ -61,13 +63,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     checked = check_config(config)
     workdir = Path(workdir)
     files.check_workdir(workdir, checked)
+    state_dict = read_initial(checked, workdir)
     keep_compiled_programs()
     mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.lanes, daemon=True).start()
     data = hosts.first_host_first("data", partial(open_data, checked, mesh))
-    run = _plan(checked, workdir, mesh, data)
+    run = _plan(checked, workdir, mesh, data, state_dict)
     try:
         with contextlib.ExitStack() as stack:
             hosts.on_first_host(partial(_claim, run, stack))
@@ -84,6 +87,7 @@ class _Run:
     """What stays the same from the first step of a run to the last.
 
     Attributes:
+      initial: weights to start from, where they are not random.
       learning_rate: by the number of the step.
     """
 
@@ -92,6 +96,7 @@ class _Run:
     mesh: Mesh
     data: Data
     model: ResNet | VGG
+    initial: Weights
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     steps_per_epoch: int
@@ -109,7 +114,9 @@ class _Run:
         return float(jnp.asarray(self.learning_rate(step)))
 
 
-def _plan(config: Config, workdir: Path, mesh: Mesh, data: Data) -> _Run:
+def _plan(
+    config: Config, workdir: Path, mesh: Mesh, data: Data, state_dict: Mapping[str, Any] | None
+) -> _Run:
     steps_per_epoch = len(data.train) // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
@@ -117,12 +124,14 @@ def _plan(config: Config, workdir: Path, mesh: Mesh, data: Data) -> _Run:
     learning_rate = learning_rate_schedule(
         config, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
+    model = programs.build_model(config, len(data.train.class_names), mesh)
     return _Run(
         config,
         workdir,
         mesh,
         data,
-        programs.build_model(config, len(data.train.class_names), mesh),
+        model,
+        {} if state_dict is None else fit_initial(config, model, state_dict),
         sgd(config, learning_rate),
         learning_rate,
         steps_per_epoch,
@@ -172,11 +181,12 @@ def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
     if restored is not None:
         return restored
     if run.scans_blocks:  # many blocks, each of which would be compiled
-        return jax.device_put(create(init_key), everywhere), History()
+        state = jax.device_put(create(init_key), everywhere)
+        return start_from(run.initial, state), History()
     # It runs once: seconds of optimisation would not pay.
     options = {"xla_backend_optimization_level": "0"}
     program = jax.jit(create, out_shardings=everywhere, compiler_options=options)
-    return program(init_key), History()
+    return start_from(run.initial, program(init_key)), History()
 
 
 def _train_on(

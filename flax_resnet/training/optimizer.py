@@ -4,6 +4,7 @@ import jax
 import optax
 
 from flax_resnet.errors import InputError
+from flax_resnet.models.freezing import is_frozen
 from flax_resnet.training.config import Config
 
 
@@ -49,14 +50,27 @@ def learning_rate_schedule(
 
 
 def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum."""
+    """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum.
+
+    It does not touch what `config.freeze` names, and keeps no momentum of it.
+    """
 
     def kernels(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    return optax.chain(
+    def labels(params):
+        def label(path, _):
+            names = ("params", *(key.key for key in path))
+            return "frozen" if is_frozen(names, config.freeze) else "trained"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    optimizer = optax.chain(
         optax.add_decayed_weights(
             config.weight_decay, mask=None if config.decay_bn_and_bias else kernels
         ),
         optax.sgd(learning_rate, momentum=config.momentum or None, nesterov=config.nesterov),
     )
+    if not config.freeze:
+        return optimizer
+    return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

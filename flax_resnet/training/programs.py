@@ -62,7 +62,7 @@ def build_model(config: Config, num_classes: int, mesh: Mesh) -> ResNet | VGG:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    fields = dict(config.model_fields)
+    fields: dict[str, Any] = dict(config.model_fields) | {"frozen": config.freeze}
     if config.batch_norm == "per_replica":
         fields["bn_splits"] = mesh.size
     return create_model(config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)

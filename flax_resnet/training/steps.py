@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int32, Key
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -23,7 +24,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: state of the optax optimizer.
     """
 
-    step: jax.Array
+    step: Int32[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
@@ -37,7 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    key: jax.Array,
+    key: Key[Array, ""],
     image_shape: tuple[int, ...],
 ) -> TrainState:
     """The state before the first step.
@@ -65,7 +66,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     label_smoothing: float = 0.0,
     accumulation_steps: int = 1,
-    dropout_key: jax.Array | None = None,
+    dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of training.
 

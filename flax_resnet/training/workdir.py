@@ -47,7 +47,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    theirs, ours = read_json(path), _as_json(dataclasses.asdict(config))
+    # A key that an earlier version did not know has its default.
+    theirs = _as_json(dataclasses.asdict(Config())) | read_json(path)
+    ours = _as_json(dataclasses.asdict(config))
     keys = [key for key in sorted({*theirs, *ours}) if key not in _FREE_KEYS]
     other = [f"{k} ({theirs.get(k)} there)" for k in keys if theirs.get(k) != ours.get(k)]
     if other:

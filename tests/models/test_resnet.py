@@ -172,6 +172,28 @@ def test_shapes_of_the_stages(name):
     assert logits.shape == (2, model.num_classes)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "reductions"),
+    [
+        ("cifar_resnet18", (48, 48), (1, 1, 2, 4, 8)),
+        ("cifar_resnet18", (31, 57), (1, 1, 2, 4, 8)),
+        ("cifar_resnet20", (64, 40), (1, 1, 2, 4)),
+        ("resnet18", (96, 96), (4, 4, 8, 16, 32)),
+        ("resnet50", (97, 161), (4, 4, 8, 16, 32)),
+        ("resnet18", (1, 1), (4, 4, 8, 16, 32)),
+    ],
+)
+def test_images_of_any_size(name, size, reductions):
+    model = fr.create_model(name)
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    apply = partial(model.apply, train=False, features=True)
+    outputs = jax.eval_shape(apply, variables_of(name), images)
+    stages = ["stem", *(f"layer{i}" for i in range(1, len(reductions)))]
+    for stage, reduction in zip(stages, reductions, strict=True):
+        assert outputs[stage].shape[1:3] == tuple(-(-side // reduction) for side in size)
+    assert outputs["logits"].shape == (2, model.num_classes)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet18", "lab10_resnet50"])
 def test_projection_stands_exactly_where_the_shape_changes(name):
     model = fr.create_model(name)

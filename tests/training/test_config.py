@@ -57,6 +57,7 @@ FACTS = {
                        "num_epochs": 20, "learning_rate": 0.1, "momentum": 0.9,
                        "weight_decay": 5e-4, "schedule": "step"},
     "digits_resnet8": {"model": "cifar_resnet8", "dataset": "digits", "horizontal_flip": False},
+    "finetune": {"init_from": "", "freeze": ("conv1", "bn1", "layer1"), "learning_rate": 0.01},
 }  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def test_any_config_is_valid_or_refused_in_a_line(config):
     ("key", "value", "message"),
     [
         ("model_fields", {"weights": "w.pth"}, "model_fields cannot set weights"),
-        ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection'"),
+        ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection', 'identity'"),
         ("model_fields", {"widths": (16, 32)}, "have one entry a stage"),
         ("num_epochs", True, "num_epochs must be of type int, not True"),
         ("batch_size", None, "batch_size must be of type int, not None"),

@@ -1,0 +1,36 @@
+"""Which variables of a model stay as they are, by their names in PyTorch."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from flax_resnet.models.torch_weights import _torch_name
+
+
+def names_of(path: tuple[str, ...]) -> list[str]:
+    """PyTorch's names of a variable and of the modules that it is in, the outermost first.
+
+    For ("params", "layer1_0", "conv1", "kernel") these are layer1, layer1.0, layer1.0.conv1
+    and layer1.0.conv1.weight.
+    """
+    words = _torch_name(path).split(".")
+    return [".".join(words[:end]) for end in range(1, len(words) + 1)]
+
+
+def is_frozen(path: tuple[str, ...], patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches any of `names_of(path)`; `*`, `?` and `[]` as in file names."""
+    return any(fnmatchcase(name, pattern) for name in names_of(path) for pattern in patterns)
+
+
+def has_frozen_statistics(
+    norm: tuple[str, ...], *, model: tuple[str, ...], patterns: Sequence[str]
+) -> bool:
+    """Whether the running statistics of a BatchNorm are frozen.
+
+    Args:
+      norm: path of the BatchNorm.
+      model: path of the model that has it, from which the patterns count: it may itself be
+        a part of something.
+      patterns: see `is_frozen`.
+    """
+    path = norm[len(model) :]
+    return any(is_frozen(("batch_stats", *path, leaf), patterns) for leaf in ("mean", "var"))

@@ -1,0 +1,87 @@
+"""The weights that a run starts from, where these are not random ones."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from flax_resnet.errors import InputError
+from flax_resnet.models import create_model
+from flax_resnet.models.torch_weights import to_arrays
+from flax_resnet.models.weight_files import read_state_dict
+from flax_resnet.models.weights import fit_weights
+from flax_resnet.training.checkpoint import read_best
+from flax_resnet.training.config import Config
+from flax_resnet.training.progress import say
+from flax_resnet.training.steps import TrainState
+
+# Of a model, by their paths.
+Weights = dict[tuple[str, ...], jax.Array]
+
+
+def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
+    """The state_dict of `config.init_from`; None where a run starts from random weights.
+
+    And where it has begun, since then a checkpoint holds everything.
+
+    Raises:
+      InputError: if there is none, or it cannot be read.
+    """
+    source = config.init_from
+    if source is None or any((workdir / "checkpoints").glob("[0-9]*")):
+        return None
+    if not source:
+        raise InputError(
+            "name the weights to start from: --config.init_from=SOURCE, the folder of a run, "
+            "a .safetensors or .pth file, or the id of a Hugging Face Hub repository"
+        )
+    if Path(source).is_dir():
+        return to_arrays(create_model(config.model), read_best(Path(source)))
+    try:
+        return read_state_dict(source)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"init_from: {error}") from error
+
+
+def fit_initial(config: Config, model: nn.Module, state_dict: Mapping[str, Any]) -> Weights:
+    """What `read_initial` has read, as the model's, and says so.
+
+    A classifier of another number of classes is not among it.
+
+    Raises:
+      InputError: if it is of another model.
+    """
+    try:
+        weights, classes = fit_weights(model, state_dict)
+    except ValueError as error:
+        problem = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise InputError(f"init_from={config.init_from} for {config.model}: {problem}") from error
+    wanted = model.num_classes
+    anew = f", but its {classes} classes are not our {wanted}: the classifier starts anew"
+    say(f"starts from the weights of {config.init_from}{'' if classes == wanted else anew}")
+    return weights
+
+
+def start_from(weights: Weights, state: TrainState) -> TrainState:
+    """The state before the first step with these weights, and its own where there are none.
+
+    Raises:
+      InputError: if they are for images of another number of channels.
+    """
+    variables: dict[tuple[str, ...], Any] = flatten_dict(state.variables)
+    for path, new in weights.items():
+        old = variables[path]
+        if new.shape != old.shape:
+            raise InputError(
+                f"init_from has weights for images of {new.shape[2]} channels, and those of "
+                f"the data set have {old.shape[2]}"
+            )
+        # A copy: the state is donated to the first step, and a rollback may come here again.
+        variables[path] = jax.device_put(jnp.array(new), old.sharding)
+    trees = unflatten_dict(variables)
+    return state.replace(params=trees["params"], batch_stats=trees.get("batch_stats", {}))
