@@ -246,12 +246,12 @@ def read_best(workdir: Path) -> dict[str, Any]:
     try:
         best = json.loads((newest / "run" / "metadata").read_text())["best"]
         checkpoint = folder / str(best["step"]) if best else newest
-        if found := _damage(checkpoint):
+        if found := damage_of(checkpoint):
             raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
         # Not a checkpointer's metadata, which warns of a file that Orbax can do without.
         stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state")).tree
         # The optimizer's state stays on disk.
-        like = {kind: stored[kind] for kind in ("params", "batch_stats")}
+        like = {kind: stored[kind] for kind in ("params", "batch_stats") if kind in stored}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         arguments = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:

@@ -240,7 +240,7 @@ def _model_problems(run: Config) -> list[str]:
         return [str(error)]
     except TypeError as error:
         return [f"model_fields do not fit {run.model}: {error}"]
-    if not run.model_fields:
+    if not (run.model_fields or run.freeze):
         return []  # a model as it is fits
     try:
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)

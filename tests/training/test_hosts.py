@@ -88,6 +88,7 @@ def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
 
 def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
     processes = start_two(tmp_path, digits_dir)
+    assert processes[0].stderr
     for line in processes[0].stderr:
         if line.startswith("epoch 3/"):
             processes[0].send_signal(signal.SIGINT)
