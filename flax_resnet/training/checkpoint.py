@@ -228,7 +228,7 @@ class Checkpoints:
 
 
 def read_best(workdir: Path) -> dict[str, Any]:
-    """Variables of a run's best checkpoint; of its newest, if none is at an epoch's end.
+    """Variables of a run's best checkpoint, of those that are kept.
 
     Returns:
       {"params": ..., "batch_stats": ...}, NumPy arrays.
@@ -237,19 +237,23 @@ def read_best(workdir: Path) -> dict[str, Any]:
       InputError: if `workdir` has no checkpoint, or one that is damaged.
     """
     folder = workdir.absolute() / "checkpoints"
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint of a run")
-    newest = folder / str(max(steps))
+
+    def accuracy(step: int) -> float:
+        records = json.loads((folder / str(step) / "run" / "metadata").read_text())["records"]
+        at_epochs_end = records and records[-1]["step"] == step
+        return records[-1]["test_accuracy"] if at_epochs_end else -1.0
+
     try:
-        best = json.loads((newest / "run" / "metadata").read_text())["best"]
-        checkpoint = folder / str(best["step"]) if best else newest
+        checkpoint = folder / str(max(steps, key=accuracy))
         if found := _damage(checkpoint):
             raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
         # Not a checkpointer's metadata, which warns of a file that Orbax can do without.
         stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state")).tree
         # The optimizer's state stays on disk.
-        like = {kind: stored[kind] for kind in ("params", "batch_stats")}
+        like = {kind: stored[kind] for kind in ("params", "batch_stats") if stored.get(kind)}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         arguments = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -257,9 +261,7 @@ def read_best(workdir: Path) -> dict[str, Any]:
     except InputError:
         raise
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
-        raise InputError(
-            f"the checkpoint in {newest} cannot be read: {_one_line(error)}"
-        ) from error
+        raise InputError(f"no checkpoint in {folder} can be read: {_one_line(error)}") from error
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:
