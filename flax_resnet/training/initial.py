@@ -64,7 +64,7 @@ def fit_initial(
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         weights, classes = fit_weights(model, state_dict)
-        expected = flatten_dict(
+        expected: dict[tuple[str, ...], Any] = flatten_dict(
             jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
         )
         for path, value in weights.items():
