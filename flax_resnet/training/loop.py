@@ -131,7 +131,9 @@ def _plan(
         mesh,
         data,
         model,
-        {} if state_dict is None else fit_initial(config, model, state_dict),
+        {}
+        if state_dict is None
+        else fit_initial(config, model, state_dict, data.train.image_shape),
         sgd(config, learning_rate),
         learning_rate,
         steps_per_epoch,

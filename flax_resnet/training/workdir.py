@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import filelock
 import matplotlib.figure
 import matplotlib.ticker
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto import event_pb2
+from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
@@ -153,18 +156,26 @@ def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
 
 
-def open_tensorboard(workdir: Path, records: Sequence[Record]) -> SummaryWriter:
+def open_tensorboard(workdir: Path, records: Sequence[Record]) -> EventFileWriter:
     """TensorBoard's event files, of which TensorBoard forgets what came after the records."""
-    purge_step = records[-1]["step"] + 1 if records else 0
-    return SummaryWriter(str(workdir), purge_step=purge_step)
+    writer = EventFileWriter(str(workdir))
+    step = records[-1]["step"] + 1 if records else 0
+    writer.add_event(_event(step, session_log={"status": "START"}))
+    return writer
 
 
-def write_scalars(writer: SummaryWriter, record: Record) -> None:
+def write_scalars(writer: EventFileWriter, record: Record) -> None:
     """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
     for name, value in record.items():
         if name not in ("epoch", "step"):
-            writer.add_scalar(re.sub("^(train|test)_", r"\1/", name), value, record["step"])
+            summary = scalar_pb(re.sub("^(train|test)_", r"\1/", name), value)
+            writer.add_event(_event(record["step"], summary=summary))
     writer.flush()
+
+
+def _event(step: int, **what: Any) -> Any:
+    # Its types are made at run time.
+    return event_pb2.Event(wall_time=time.time(), step=step, **what)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

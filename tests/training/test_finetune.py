@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
 from flax_resnet.models.freezing import is_frozen
 from flax_resnet.training import check_config, create_state, sgd, train_step
-from flax_resnet.training.checkpoint import read_best
+from flax_resnet.training.checkpoint import choose_checkpoint, read_variables
 from flax_resnet.training.config import Config
-from flax_resnet.training.initial import start_from
+from flax_resnet.training.initial import fit_initial
 from tests.training.test_train import changed, read_metrics, train_until
 
 FREEZE = ("conv1", "bn1", "layer1", "layer2.*.bn?")
@@ -126,7 +125,9 @@ def tuned(finished, config, tmp_path_factory):
 def test_run_goes_on_from_the_best_of_another(finished, tuned):
     best = max(read_metrics(finished[0]), key=lambda record: record["test_accuracy"])
     assert (finished[0] / "checkpoints" / str(best["step"])).exists()
-    assert_only_others_changed(read_best(finished[0]), tuned[2].variables)
+    assert_only_others_changed(
+        read_variables(choose_checkpoint(finished[0], "best")), tuned[2].variables
+    )
     assert read_metrics(tuned[1])[0]["train_loss"] < read_metrics(finished[0])[0]["train_loss"]
 
 
@@ -187,13 +188,11 @@ def test_what_cannot_be_used_is_refused_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_for_colours_are_not_for_gray_images(finished, config):
-    model = fr.cifar_resnet8()
-    create = partial(create_state, model, optax.sgd(0.1), image_shape=(8, 8, 1))
-    state = jax.eval_shape(create, jax.random.key(0))
-    weights: Any = flatten_dict(read_best(finished[0]))
-    with pytest.raises(fr.InputError, match=r"images of 3 channels, .* data set have 1"):
-        start_from(weights, state)
+def test_weights_for_colours_are_not_for_gray_images(finished):
+    model, state_dict = fr.cifar_resnet8(), read_variables(choose_checkpoint(finished[0], "best"))
+    state_dict = fr.to_torch(model, state_dict)
+    with pytest.raises(fr.InputError, match=r"images of 3 channels, .* cifar10 have 1"):
+        fit_initial(Config(init_from="run"), model, state_dict, (8, 8, 1))
 
 
 def test_run_of_an_earlier_version_goes_on(finished, config, tmp_path):

@@ -76,7 +76,7 @@ def assert_tensorboard_shows_the_metrics(folder):
         "learning_rate": "learning_rate",
     }
     for tag, name in tags.items():
-        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        shown = [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(tag)]
         stored = [(r["step"], r[name]) for r in read_metrics(folder)]
         np.testing.assert_allclose(shown, stored, rtol=1e-6)
 
