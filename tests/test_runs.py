@@ -13,7 +13,7 @@ import pytest
 import flax_resnet as fr
 from flax_resnet import runs
 from flax_resnet.data import normalize
-from flax_resnet.training import check_config
+from flax_resnet.training import check_config, checkpoint
 
 
 def contents(folder):
@@ -67,12 +67,12 @@ def test_folder_stays_as_it_is_while_a_run_is_at_work(run_copy):
 
 
 def test_checkpoint_that_a_run_deletes_meanwhile(run_copy, monkeypatch):
-    def damage_of(checkpoint):
-        if checkpoint.name == "32":
-            shutil.rmtree(checkpoint)
+    def damage_of(folder):
+        if folder.name == "32":
+            shutil.rmtree(folder)
             return "state/manifest.ocdbt is missing"
 
-    monkeypatch.setattr(runs, "damage_of", damage_of)
+    monkeypatch.setattr(checkpoint, "damage_of", damage_of)
     monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
     assert fr.load_run(run_copy, "newest").step == 24
 
@@ -111,7 +111,7 @@ def flip_a_bit(folder):
         (lambda f: change_json(f / "dataset.json", std=[1.0]), "is damaged: it does not hold"),
         (lambda f: change_json(f / "dataset.json", class_names=["cat"]), "is of another model"),
         (lambda f: (f / "metrics.jsonl").write_text('{"epoch": "1"}\n'), "is damaged in line 1"),
-        (lambda f: shutil.rmtree(f / "checkpoints"), "holds no checkpoint yet"),
+        (lambda f: shutil.rmtree(f / "checkpoints"), "holds no checkpoint of a run"),
         (flip_a_bit, "checkpoints/32 is damaged: state/"),
     ],
 )

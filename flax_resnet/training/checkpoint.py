@@ -243,7 +243,7 @@ def choose_checkpoint(workdir: Path, which: str | int) -> Path:
     folder = workdir / "checkpoints"
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
     if not steps:
-        raise InputError(f"{folder} holds no checkpoint of a run")
+        raise InputError(f"{workdir} holds no checkpoint of a run")
 
     def quality(step: int) -> float:
         try:
