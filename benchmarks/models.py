@@ -2,17 +2,11 @@
 
     python benchmarks/models.py
 
-Both are counted, not measured: parameters from the shapes of the variables, multiply-adds
-from the convolutions and matrix products in the traced forward pass of one image, each as
-often as it runs. BatchNorm, ReLU, pooling and biases are not counted, as in most papers.
+Both are counted from shapes by `fr.summary`, not measured. BatchNorm, ReLU, pooling and
+biases are no multiply-adds there, as in most papers.
 """
 
-import math
 import re
-from functools import partial
-
-import jax
-import jax.numpy as jnp
 
 import flax_resnet as fr
 
@@ -39,41 +33,14 @@ ORIGINS = {
 }
 
 
-def multiply_adds(jaxpr) -> int:
-    """Multiply-adds of the convolutions and matrix products of a jaxpr."""
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [
-            getattr(value, "jaxpr", value)
-            for parameter in equation.params.values()
-            for value in (parameter if isinstance(parameter, tuple | list) else [parameter])
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        ]
-        name, operands = equation.primitive.name, [v.aval for v in equation.invars]
-        if inner:
-            counts = [multiply_adds(each) for each in inner]
-            # Of the ways to convolve in groups, that without products by zero.
-            total += min(counts) if name == "cond" else sum(counts)
-        elif name in ("forward", "conv_general_dilated"):  # ours and XLA's
-            total += equation.outvars[0].aval.size * math.prod(operands[1].shape[:3])
-        elif name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(operands[0].shape[axis] for axis in contracted)
-            total += equation.outvars[0].aval.size * depth
-    return total
-
-
 def row(name: str) -> str:
     """A line of the table."""
     model = fr.create_model(name)
     size = 32 if name.startswith(("cifar", "lab10")) else 224
-    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    jaxpr = jax.make_jaxpr(partial(model.apply, train=False))(variables, x)
-    giga = multiply_adds(jaxpr.jaxpr) / 1e9
+    summary = fr.summary(model, size)
+    giga = summary.multiply_adds / 1e9
     source, weights = next(v for pattern, v in ORIGINS.items() if re.fullmatch(pattern, name))
-    return f"| {name} | {parameters:,} | {giga:#.3g} | {size} | {source} | {weights} |"
+    return f"| {name} | {summary.parameters:,} | {giga:#.3g} | {size} | {source} | {weights} |"
 
 
 if __name__ == "__main__":
