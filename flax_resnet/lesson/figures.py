@@ -80,6 +80,7 @@ def draw_gradients(numbers: dict[str, Any], path: Path) -> None:
             kernels.set_xlabel("step")
         for axes in grid.flat:
             axes.set_yscale("log")
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
         for axes, label in zip(grid[:, 0], ("gradient", "gradient", "kernel"), strict=True):
             axes.set_ylabel(f"{label} norm")
@@ -97,6 +98,9 @@ def _draw_losses(numbers: dict[str, Any]) -> Figure:
             axes.plot(np.arange(1, len(loss) + 1), loss, label=str(depth), **style)
         axes.set_title(kind)
         axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.set_yticks([2, 5, 10, 20], labels=["2", "5", "10", "20"])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training loss")
     panels[1].legend(title="layers", frameon=False)

@@ -171,7 +171,7 @@ def measure_training(
     state = TrainState(
         step=jnp.int32(0),
         params=variables["params"],
-        batch_stats=variables["batch_stats"],
+        batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(variables["params"]),
     )
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer))
