@@ -36,12 +36,12 @@ prints the numbers that matter.
 """
 
 _EPILOG = """\
-On 2 cores of a CPU all parts take about six minutes with CIFAR-10, of which gradients takes
+On 2 cores of a CPU all parts take under ten minutes with CIFAR-10, of which gradients takes
 most; --parts leaves it out. docs/lesson.md tells what there is to see in the figures.
 
 examples:
   python -m flax_resnet.lesson --dataset digits         no download
-  python -m flax_resnet.lesson --parts identity fields  half a minute
+  python -m flax_resnet.lesson --parts identity fields  the quick ones
   python -m flax_resnet.lesson --parts curves --metrics runs/cifar_plain20 runs/cifar_plain56 \\
       runs/cifar_resnet20 runs/cifar_resnet56
 """
@@ -227,18 +227,18 @@ def measure_gradients(options: argparse.Namespace, images: Images) -> dict[str, 
                 "loss": rounded([step.loss for step in measured]),
                 "first_gradient": rounded([step.gradients[0] for step in measured]),
                 "first_kernel": rounded([step.kernels[0] for step in measured]),
-                "at_start": start._asdict(),
-                "at_end": end._asdict(),
+                "at_start": rounded_norms(start),
+                "at_end": rounded_norms(end),
             }
+            norms = "; ".join(
+                f"step {at}: first layer {x.gradients[0]:.3g} (kernel {x.kernels[0]:.3g}), "
+                f"last convolution {x.gradients[-2]:.3g} (kernel {x.kernels[-2]:.3g})"
+                for at, x in ((1, start), (options.steps, end))
+            )
+            last = [step.loss for step in measured[-5:]]
             print(
-                f"gradients: {name}: "
-                + "; ".join(
-                    f"step {at}: first layer {x.gradients[0]:.3g} (kernel {x.kernels[0]:.3g}), "
-                    f"last convolution {x.gradients[-2]:.3g} (kernel {x.kernels[-2]:.3g})"
-                    for at, x in ((1, start), (options.steps, end))
-                )
-                + f"; loss {start.loss:.3f}, mean of the last five steps "
-                f"{np.mean([step.loss for step in measured[-5:]]):.3f}",
+                f"gradients: {name}: {norms}; loss {start.loss:.3f}, "
+                f"mean of the last {len(last)} steps {np.mean(last):.3f}",
                 flush=True,
             )
     return numbers
@@ -321,6 +321,11 @@ def progress(options: argparse.Namespace, items: Iterable[Any], total: int, what
     if not sys.stderr.isatty():
         say(options, f"{what} ...")
     return tqdm(items, what, total, disable=options.quiet or None, leave=False, dynamic_ncols=True)
+
+
+def rounded_norms(step: measure.StepMeasure) -> dict[str, list[float]]:
+    """The norms of one step, to be written."""
+    return {"kernels": rounded(step.kernels), "gradients": rounded(step.gradients)}
 
 
 def rounded(values: Any) -> Any:

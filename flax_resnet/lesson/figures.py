@@ -20,7 +20,12 @@ _STYLES = {  # by depth
     56: {"color": _ORANGE, "linestyle": "--"},
     110: {"color": _GREEN, "linestyle": ":"},
 }
-_RC = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+_RC: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def _figure(height: float) -> Figure:
@@ -112,18 +117,19 @@ def draw_fields(numbers: dict[str, Any], path: Path) -> None:
     image = np.array(numbers["image"], np.uint8)
     height, width = image.shape[:2]
     kinds = ("plain", "residual")
-    with matplotlib.rc_context(_RC | {"axes.spines.left": False, "axes.spines.bottom": False}):
+    with matplotlib.rc_context({**_RC, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = _figure(6)
-        upper, lower = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+        upper, lower = halves
         _draw_squares(upper.subplots(), image, numbers["cifar_resnet20"])
         panels = lower.subplots(1, 2)
         peak = max(np.max(numbers[kind]["influence"]) for kind in kinds)
         for axes, kind in zip(panels, kinds, strict=True):
-            shown = axes.imshow(numbers[kind]["influence"], cmap="viridis", vmin=0, vmax=peak)
+            axes.imshow(numbers[kind]["influence"], cmap="viridis", vmin=0, vmax=peak)
             _square(axes, (height // 2, width // 2), numbers[kind]["half"], "white")
             axes.set_title(f"{kind}-20")
             axes.set(xticks=[], yticks=[])
-        bar = lower.colorbar(shown, ax=panels)
+        bar = lower.colorbar(panels[0].images[0], ax=panels)
         bar.set_ticks([0, peak], labels=["none", "most"])
         lower.suptitle("what moves that unit of layer3; in the square: half", fontsize=10)
         _save(figure, path)

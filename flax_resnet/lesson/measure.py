@@ -23,9 +23,7 @@ def net(kind: str, depth: int, **fields: Any) -> ResNet:
     return DEPTHS[depth](shortcut=KINDS[kind], **fields)
 
 
-def initial_variables(
-    model: ResNet, seed: int, image_shape: Sequence[int]
-) -> dict[str, dict[str, Any]]:
+def initial_variables(model: ResNet, seed: int, image_shape: Sequence[int]) -> Any:
     """{"params", "batch_stats"} of a model for images (H, W, C)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     # Not jit: a deep net has few kinds of layers, but all of them would be compiled at once.
@@ -58,6 +56,8 @@ def stage_maps(model: ResNet, variables: Any, images: jax.Array) -> list[tuple[s
       model, variables: a net and its variables.
       images: float [N, H, W, C], normalised.
     """
+    outputs: Any
+    state: Any
     outputs, state = model.apply(
         variables,
         images,
@@ -68,7 +68,6 @@ def stage_maps(model: ResNet, variables: Any, images: jax.Array) -> list[tuple[s
     )
     blocks = state["intermediates"]
     names = [f"layer{stage}_{i}" for stage, n in enumerate(model.layers, start=1) for i in range(n)]
-    assert isinstance(outputs, dict)  # of features
     return [("stem", outputs["stem"]), *((n, blocks[n]["__call__"][0]) for n in names)]
 
 
@@ -300,7 +299,8 @@ def influence(model: ResNet, variables: Any, images: jax.Array, stage: str) -> n
         return {**variables, "batch_stats": settled}
 
     def unit(images, variables):
-        out = jnp.asarray(model.apply(variables, images, train=False, features=True)[stage])
+        outputs: Any = model.apply(variables, images, train=False, features=True)
+        out = outputs[stage]
         signs = jax.random.rademacher(jax.random.key(0), out.shape[-1:], jnp.float32)
         return jnp.sum(out[:, out.shape[1] // 2, out.shape[2] // 2] * signs[None])
 
@@ -310,11 +310,17 @@ def influence(model: ResNet, variables: Any, images: jax.Array, stage: str) -> n
 
 
 def central_square(influence: np.ndarray, share: float) -> int:
-    """Side of the smallest square around the middle that holds that share of the influence."""
+    """Side of the smallest square around the middle that holds a share of the influence.
+
+    Args:
+      influence: [H, W], see `influence`.
+      share: at most 1.
+    """
     height, width = influence.shape
-    for side in range(1, 2 * max(height, width), 2):
-        top, left = height // 2 - side // 2, width // 2 - side // 2
-        part = influence[max(top, 0) : top + side, max(left, 0) : left + side]
-        if part.sum() >= share * influence.sum():
-            break
-    return side
+    side = 1
+    while True:
+        top, left = (max(n // 2 - side // 2, 0) for n in influence.shape)
+        part = influence[top : height // 2 + side // 2 + 1, left : width // 2 + side // 2 + 1]
+        if part.sum() >= share * influence.sum() or part.size == influence.size:
+            return side
+        side += 2
