@@ -163,6 +163,7 @@ def test_curves_of_a_run(digits_dir, tmp_path, capsys):
         ("--dataset digits --batch-size 5000", "digits has 1437 images"),
         ("--output {file}", "cannot write into"),
         ("--parts curves --metrics {file}", "does not hold the metrics of a run"),
+        ("--parts curves --metrics {file}x", "does not hold the metrics of a run"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, digits_dir, tmp_path, capsys):

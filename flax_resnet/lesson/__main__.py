@@ -98,7 +98,6 @@ def make_parser() -> Parser:
         type=Path,
         nargs="+",
         metavar="PATH",
-        default=[Path("docs/results") / f"{name}.jsonl" for name in _CURVES],
         help="for curves: folders of runs, or files MODEL.jsonl; default: those in docs/results",
     )
     add("--quiet", action="store_true", help="say nothing of progress on standard error")
@@ -267,14 +266,18 @@ def measure_fields(options: argparse.Namespace, images: Images) -> dict[str, Any
 
 def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
     """The metrics of the four runs; None, with the commands that make them, if one lacks."""
-    found = dict(read_metrics(path) for path in options.metrics if path.exists())
+    paths = options.metrics
+    if paths is None:
+        stored = [Path("docs/results") / f"{name}.jsonl" for name in _CURVES]
+        paths = [path for path in stored if path.exists()]
+    found = dict(map(read_metrics, paths))
     missing = [name for name in _CURVES if name not in found]
     if not missing:
         for name in _CURVES:
             last = found[name][-1]
             print(
-                f"curves: {name}: epoch {last['epoch']}, training loss {last['train_loss']:.4f}, "
-                f"test accuracy {last['test_accuracy']:.2%}"
+                f"curves: {name}: epoch {last['epoch']:.0f}, "
+                f"training loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}"
             )
         return {name: found[name] for name in _CURVES}
     print(f"curves: not measured yet: {', '.join(missing)}. These commands make them:")
