@@ -36,7 +36,7 @@ prints the numbers that matter.
 """
 
 _EPILOG = """\
-On 2 cores of a CPU all parts take under ten minutes with CIFAR-10, of which gradients takes
+On 2 cores of a CPU all parts take about five minutes, of which gradients takes
 most; --parts leaves it out. docs/lesson.md tells what there is to see in the figures.
 
 examples:
