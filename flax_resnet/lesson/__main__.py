@@ -1,0 +1,363 @@
+"""Measures what the lesson on skip connections explains, and draws it. See `--help`."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from flax_resnet.data import channel_statistics, load_dataset, normalize
+from flax_resnet.errors import InputError
+from flax_resnet.lesson import figures, measure
+from flax_resnet.models import lab10_resnet50
+from flax_resnet.training.compilation import keep_compiled_programs
+
+_DESCRIPTION = """\
+Measures on real images what the lesson on skip connections explains, and draws it.
+
+  identity   a block whose last BatchNorm starts at zero passes its input on unchanged
+  gradients  norm of the gradient by layer, plain and residual, 20, 56 and 110 layers,
+             at initialisation and in the first steps of training
+  fields     shape and receptive field of every stage, over an image
+  curves     loss of plain-20, plain-56, residual-20 and residual-56 over whole runs,
+             from their metrics.jsonl; prints the commands of those that are not there
+
+Each part writes a figure, and the numbers in it as JSON, into the output folder, and
+prints the numbers that matter.
+"""
+
+_EPILOG = """\
+On 2 cores of a CPU all parts take about five minutes, of which gradients takes
+most; --parts leaves it out. docs/lesson.md tells what there is to see in the figures.
+
+examples:
+  python -m flax_resnet.lesson --dataset digits         no download
+  python -m flax_resnet.lesson --parts identity fields  the quick ones
+  python -m flax_resnet.lesson --parts curves --metrics runs/cifar_plain20 runs/cifar_plain56 \\
+      runs/cifar_resnet20 runs/cifar_resnet56
+"""
+
+_CURVES = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
+_RECIPE = "configs/cifar_resnet20.py"
+
+
+class Images(NamedTuple):
+    """The training split.
+
+    Attributes:
+      dataset: its name.
+      raw: uint8 [N, H, W, C].
+      normalised: float32 [N, H, W, C].
+      labels: int32 [N].
+    """
+
+    dataset: str
+    raw: np.ndarray
+    normalised: jax.Array
+    labels: np.ndarray
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the command line, and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m flax_resnet.lesson",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("lesson"), metavar="DIR", help="default: lesson")
+    add(
+        "--dataset",
+        choices=("cifar10", "digits"),
+        help="default: cifar10 where TFDS has prepared it, digits elsewhere",
+    )
+    add("--data-dir", metavar="DIR", help="of TFDS; default: $TFDS_DATA_DIR")
+    add("--parts", nargs="+", choices=tuple(_PARTS), default=tuple(_PARTS), help="default: all")
+    add("--steps", type=at_least(2), default=30, help="of training, for gradients; default: 30")
+    add("--batch-size", type=at_least(2), default=64, help="for gradients; default: 64")
+    add("--seed", type=at_least(0), default=0, help="of weights and batches; default: 0")
+    add(
+        "--metrics",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="for curves: folders of runs, or files MODEL.jsonl; default: those in docs/results",
+    )
+    add("--quiet", action="store_true", help="say nothing of progress on standard error")
+    return parser
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: an integer from `least` to 2**31 - 1."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{value} is not from {least} to 2**31 - 1")
+        return value
+
+    return integer
+
+
+def main(options: argparse.Namespace) -> None:
+    """Runs the parts that the command line asks for."""
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {options.output}: {error.strerror}") from error
+    images = None
+    for part in dict.fromkeys(options.parts):
+        started = time.monotonic()
+        if part != "curves" and images is None:
+            images = load_images(options)
+        numbers = _PARTS[part](options, images)
+        if numbers is None:
+            continue
+        write_json(options.output / f"{part}.json", numbers)
+        getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
+        say(options, f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
+
+
+def say(options: argparse.Namespace, line: str) -> None:
+    """Writes a line of progress on standard error."""
+    if not options.quiet:
+        tqdm.write(line, file=sys.stderr)
+
+
+def load_images(options: argparse.Namespace) -> Images:
+    """The training split of the data set that was asked for, or that is there."""
+    dataset = options.dataset
+    if dataset is None:
+        folder = options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        dataset = "cifar10" if (Path(folder).expanduser() / "cifar10").exists() else "digits"
+        if dataset == "digits":
+            say(options, f"there is no cifar10 in {folder}: this is with digits")
+    data = load_dataset(dataset, "train", options.data_dir)
+    if options.batch_size > len(data):
+        raise InputError(f"--batch-size {options.batch_size}: {dataset} has {len(data)} images")
+    statistics = channel_statistics([data.images])
+    return Images(dataset, data.images, normalize(data.images, *statistics), data.labels)
+
+
+def describe(options: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """What a part's numbers come from."""
+    device = jax.devices()[0]
+    kind = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
+    return {"dataset": images.dataset, "seed": options.seed, "device": kind}
+
+
+def measure_identity(options: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """The blocks of a plain net, a residual one and one that starts at zero, of 56 layers."""
+    nets = {
+        "plain": measure.net("plain", 56),
+        "residual": measure.net("residual", 56),
+        "residual, last scale 0": measure.net("residual", 56, zero_init_residual=True),
+    }
+    batch = images.normalised[:64]
+    numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist(), "nets": {}}
+    for name, model in progress(options, nets.items(), len(nets), "identity"):
+        variables = measure.initial_variables(model, options.seed, batch.shape[1:])
+        maps = measure.stage_maps(model, variables, batch)
+        changes = measure.block_changes(maps)
+        values = dict(maps)
+        shown = [x for x in ("stem", "layer1_0", "layer1_2", "layer1_8") if x in values]
+        numbers["nets"][name] = {
+            "changes": [change._asdict() for change in changes],
+            "maps": {block: rounded(values[block][_SHOWN].mean(-1)) for block in shown},
+        }
+        largest = max(change.largest for change in changes)
+        relative = [change.relative for change in changes]
+        print(
+            f"identity: {name}: largest |output - input| of {len(changes)} blocks {largest:.4g}, "
+            f"relative change {min(relative):.3g} to {max(relative):.3g}"
+        )
+    return numbers
+
+
+def measure_gradients(options: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """Gradient norms of six nets, before and during training."""
+    numbers = describe(options, images) | {
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "nets": {},
+    }
+    nets = [(kind, depth) for depth in measure.DEPTHS for kind in measure.KINDS]
+    total = options.steps * sum(depth for _, depth in nets)
+    bar = tqdm(total=total, unit=" layers", disable=options.quiet or None, dynamic_ncols=True)
+    with bar:
+        for kind, depth in nets:
+            name = f"{kind}-{depth}"
+            bar.set_description(f"gradients: {name}")
+            if bar.disable:
+                say(options, f"gradients: {name} ...")
+            model = measure.net(kind, depth)
+            variables = measure.initial_variables(model, options.seed, images.raw.shape[1:])
+            measured = []
+            for step in measure.measure_training(
+                model,
+                variables,
+                images.normalised,
+                images.labels,
+                batch_size=options.batch_size,
+                steps=options.steps,
+                seed=options.seed,
+            ):
+                measured.append(step)
+                bar.update(depth)
+            start, end = measured[0], measured[-1]
+            numbers["nets"][name] = {
+                "loss": rounded([step.loss for step in measured]),
+                "first_gradient": rounded([step.gradients[0] for step in measured]),
+                "first_kernel": rounded([step.kernels[0] for step in measured]),
+                "at_start": rounded_norms(start),
+                "at_end": rounded_norms(end),
+            }
+            norms = "; ".join(
+                f"step {at}: first layer {x.gradients[0]:.3g} (kernel {x.kernels[0]:.3g}), "
+                f"last convolution {x.gradients[-2]:.3g} (kernel {x.kernels[-2]:.3g})"
+                for at, x in ((1, start), (options.steps, end))
+            )
+            last = [step.loss for step in measured[-5:]]
+            print(
+                f"gradients: {name}: {norms}; loss {start.loss:.3f}, "
+                f"mean of the last {len(last)} steps {np.mean(last):.3f}",
+                flush=True,
+            )
+    return numbers
+
+
+def measure_fields(options: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """Shapes and receptive fields of ResNet-20 and the lesson's ResNet-50."""
+    shape = images.raw.shape[1:]
+    numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist()}
+    nets = {"cifar_resnet20": measure.net("residual", 20), "lab10_resnet50": lab10_resnet50()}
+    for name, model in progress(options, nets.items(), len(nets), "fields"):
+        stages = measure.stages(model, shape)
+        numbers[name] = [stage._asdict() for stage in stages]
+        for stage in stages:
+            size = " x ".join(map(str, stage.shape))
+            print(f"fields: {name} {stage.name}: {size}, sees {stage.field} x {stage.field} pixels")
+    for kind in measure.KINDS:
+        model = measure.net(kind, 20)
+        variables = measure.initial_variables(model, options.seed, shape)
+        seen = measure.influence(model, variables, images.normalised[:256], "layer3")
+        half = measure.central_square(seen, 0.5)
+        numbers[kind] = {"influence": rounded(seen), "half": half}
+        print(f"fields: {kind}-20: half of the influence on a layer3 unit is in {half} x {half}")
+    return numbers
+
+
+def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
+    """The metrics of the four runs; None, with the commands that make them, if one lacks."""
+    paths = options.metrics
+    if paths is None:
+        stored = [Path("docs/results") / f"{name}.jsonl" for name in _CURVES]
+        paths = [path for path in stored if path.exists()]
+    found = dict(map(read_metrics, paths))
+    missing = [name for name in _CURVES if name not in found]
+    if not missing:
+        for name in _CURVES:
+            last = found[name][-1]
+            print(
+                f"curves: {name}: epoch {last['epoch']:.0f}, "
+                f"training loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}"
+            )
+        return {name: found[name] for name in _CURVES}
+    print(f"curves: not measured yet: {', '.join(missing)}. These commands make them:")
+    for name in missing:
+        print(f"  python train.py --config {_RECIPE} --config.model={name} --workdir runs/{name}")
+        print(f"  cp runs/{name}/metrics.jsonl docs/results/{name}.jsonl")
+    return None
+
+
+def read_metrics(path: Path) -> tuple[str, list[dict[str, float]]]:
+    """Model and records of a run, from its folder or a copy of its metrics.jsonl.
+
+    Raises:
+      InputError: if that is not what the path leads to.
+    """
+    file, name = path, path.stem
+    try:
+        if path.is_dir():
+            file = path / "metrics.jsonl"
+            name = json.loads((path / "config.json").read_text())["model"]
+        keys = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        records = [{key: float(record[key]) for key in keys} for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not hold the metrics of a run: {error!r}") from error
+    if name not in _CURVES:
+        raise InputError(f"{path} is a run of {name}; curves are of {', '.join(_CURVES)}")
+    if not records:
+        raise InputError(f"{file} has no epoch yet")
+    return name, records
+
+
+_PARTS: dict[str, Callable[[argparse.Namespace, Any], dict[str, Any] | None]] = {
+    "identity": measure_identity,
+    "gradients": measure_gradients,
+    "fields": measure_fields,
+    "curves": read_curves,
+}
+_SHOWN = 7  # the image in the figures
+
+
+def progress(options: argparse.Namespace, items: Iterable[Any], total: int, what: str) -> Any:
+    """The items, with a bar on a terminal and one line on any other standard error."""
+    if not sys.stderr.isatty():
+        say(options, f"{what} ...")
+    return tqdm(items, what, total, disable=options.quiet or None, leave=False, dynamic_ncols=True)
+
+
+def rounded_norms(step: measure.StepMeasure) -> dict[str, list[float]]:
+    """The norms of one step, to be written."""
+    return {"kernels": rounded(step.kernels), "gradients": rounded(step.gradients)}
+
+
+def rounded(values: Any) -> Any:
+    """Nested lists of floats with five digits."""
+    values = np.asarray(values)
+    return np.vectorize(lambda x: float(f"{x:.5g}"))(values).tolist()
+
+
+def write_json(path: Path, numbers: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(numbers) + "\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """The program: input that cannot be used ends it with one line and exit code 2."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # TFDS tells all it does
+    keep_compiled_programs()
+    try:
+        main(options)
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
