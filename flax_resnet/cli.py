@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, TypeVar
 
 from absl import logging
@@ -34,9 +34,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help tells more\n")
 
 
-def run_program(parser: Parser, main: Callable[[argparse.Namespace], int]) -> NoReturn:
+def run_program(
+    parser: Parser,
+    main: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
     """Parses the command line, and exits with what `main` returns, or 2 after an InputError."""
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell all they do
     # By default JAX takes most of a GPU's memory, and a run may be at work on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flax_resnet as fr
+from flax_resnet.cli import run_program
 from flax_resnet.lesson import __main__ as program
 from flax_resnet.lesson import measure
 
@@ -113,10 +114,17 @@ def test_influence_stays_inside_the_field(rng):
     assert measure.central_square(np.ones((5, 5)), 0.3) == 3
 
 
+def run(arguments):
+    """The exit code of the program."""
+    with pytest.raises(SystemExit) as stop:
+        run_program(program.make_parser(), program.main, arguments)
+    return stop.value.code
+
+
 def test_program_writes_figures(digits_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "DEPTHS", dict.fromkeys((20, 56, 110), fr.cifar_resnet8))
     monkeypatch.setattr(program, "lab10_resnet50", partial(tiny, fr.Bottleneck, (1, 1)))
-    program.run(
+    run(
         f"--dataset digits --data-dir {digits_dir} --output {tmp_path / 'new' / 'folder'} "
         "--parts identity gradients fields --steps 2 --batch-size 8 --quiet".split()
     )
@@ -150,11 +158,11 @@ def test_curves_of_a_run(digits_dir, tmp_path, capsys):
     arguments = ["--parts", "curves", "--output", str(tmp_path), "--metrics", *map(str, paths)]
 
     capsys.readouterr()
-    program.run(arguments)
+    run(arguments)
     missing = "--config.model=cifar_resnet56 --workdir runs/cifar_resnet56\n"
     assert capsys.readouterr().out.count(missing) == 1
     assert not (tmp_path / "curves.png").exists()
-    program.run([*arguments, str(folder)])
+    run([*arguments, str(folder)])
     assert "cifar_resnet56: epoch " in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -177,9 +185,7 @@ def test_bad_input_is_one_line(arguments, message, digits_dir, tmp_path, capsys)
     if "--output" not in arguments:
         arguments += f" --output {tmp_path}"
     arguments = arguments.format(file=file).split()
-    with pytest.raises(SystemExit) as stop:
-        program.run([*arguments, "--data-dir", str(digits_dir), "--quiet"])
+    assert run([*arguments, "--data-dir", str(digits_dir), "--quiet"]) == 2
     error = capsys.readouterr().err
-    assert stop.value.code == 2
     assert message in error
     assert error.count("\n") == 1

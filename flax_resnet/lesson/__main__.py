@@ -3,23 +3,21 @@
 import argparse
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
+from flax_resnet.cli import Parser, progress, run_program
 from flax_resnet.data import channel_statistics, load_dataset, normalize
 from flax_resnet.errors import InputError
 from flax_resnet.lesson import figures, measure
 from flax_resnet.models import lab10_resnet50
-from flax_resnet.training.compilation import keep_compiled_programs
 
 _DESCRIPTION = """\
 Measures on real images what the lesson on skip connections explains, and draws it.
@@ -66,21 +64,9 @@ class Images(NamedTuple):
     labels: np.ndarray
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with the command line, and exits with code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
-
-
 def make_parser() -> Parser:
-    parser = Parser(
-        prog="python -m flax_resnet.lesson",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("lesson", _DESCRIPTION)
+    parser.epilog = _EPILOG
     add = parser.add_argument
     add("--output", type=Path, default=Path("lesson"), metavar="DIR", help="default: lesson")
     add(
@@ -100,7 +86,6 @@ def make_parser() -> Parser:
         metavar="PATH",
         help="for curves: folders of runs, or files MODEL.jsonl; default: those in docs/results",
     )
-    add("--quiet", action="store_true", help="say nothing of progress on standard error")
     return parser
 
 
@@ -116,8 +101,8 @@ def at_least(least: int) -> Callable[[str], int]:
     return integer
 
 
-def main(options: argparse.Namespace) -> None:
-    """Runs the parts that the command line asks for."""
+def main(options: argparse.Namespace) -> int:
+    """Runs the parts that the command line asks for; returns the exit code."""
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,6 +118,7 @@ def main(options: argparse.Namespace) -> None:
         write_json(options.output / f"{part}.json", numbers)
         getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
         say(options, f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
+    return 0
 
 
 def say(options: argparse.Namespace, line: str) -> None:
@@ -172,7 +158,7 @@ def measure_identity(options: argparse.Namespace, images: Images) -> dict[str, A
     }
     batch = images.normalised[:64]
     numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist(), "nets": {}}
-    for name, model in progress(options, nets.items(), len(nets), "identity"):
+    for name, model in progress(nets.items(), len(nets), "identity", quiet=options.quiet):
         variables = measure.initial_variables(model, options.seed, batch.shape[1:])
         maps = measure.stage_maps(model, variables, batch)
         changes = measure.block_changes(maps)
@@ -248,7 +234,7 @@ def measure_fields(options: argparse.Namespace, images: Images) -> dict[str, Any
     shape = images.raw.shape[1:]
     numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist()}
     nets = {"cifar_resnet20": measure.net("residual", 20), "lab10_resnet50": lab10_resnet50()}
-    for name, model in progress(options, nets.items(), len(nets), "fields"):
+    for name, model in progress(nets.items(), len(nets), "fields", quiet=options.quiet):
         stages = measure.stages(model, shape)
         numbers[name] = [stage._asdict() for stage in stages]
         for stage in stages:
@@ -319,13 +305,6 @@ _PARTS: dict[str, Callable[[argparse.Namespace, Any], dict[str, Any] | None]] = 
 _SHOWN = 7  # the image in the figures
 
 
-def progress(options: argparse.Namespace, items: Iterable[Any], total: int, what: str) -> Any:
-    """The items, with a bar on a terminal and one line on any other standard error."""
-    if not sys.stderr.isatty():
-        say(options, f"{what} ...")
-    return tqdm(items, what, total, disable=options.quiet or None, leave=False, dynamic_ncols=True)
-
-
 def rounded_norms(step: measure.StepMeasure) -> dict[str, list[float]]:
     """The norms of one step, to be written."""
     return {"kernels": rounded(step.kernels), "gradients": rounded(step.gradients)}
@@ -344,20 +323,5 @@ def write_json(path: Path, numbers: dict[str, Any]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def run(arguments: Sequence[str] | None = None) -> None:
-    """The program: input that cannot be used ends it with one line and exit code 2."""
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # TFDS tells all it does
-    keep_compiled_programs()
-    try:
-        main(options)
-    except InputError as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-
-
 if __name__ == "__main__":
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    run_program(make_parser(), main)
