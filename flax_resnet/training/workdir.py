@@ -17,7 +17,6 @@ import filelock
 import matplotlib.figure
 import matplotlib.ticker
 from tensorboard.compat.proto import event_pb2
-from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_resnet.data import Dataset, Source
@@ -168,7 +167,9 @@ def write_scalars(writer: EventFileWriter, record: Record) -> None:
     """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
     for name, value in record.items():
         if name not in ("epoch", "step"):
-            summary = scalar_pb(re.sub("^(train|test)_", r"\1/", name), value)
+            tag = re.sub("^(train|test)_", r"\1/", name)
+            # Not a tensor, as newer writers have it: those are not forgotten everywhere.
+            summary = {"value": [{"tag": tag, "simple_value": value}]}
             writer.add_event(_event(record["step"], summary=summary))
     writer.flush()
 

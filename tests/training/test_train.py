@@ -1,5 +1,6 @@
 """Whole runs on the digits, and what they leave behind."""
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -59,7 +60,7 @@ def test_metrics_have_a_line_an_epoch(finished, config):
 def test_run_describes_itself(finished, config):
     folder, _ = finished
     stored = json.loads((folder / "config.json").read_text())
-    assert stored == json.loads(json.dumps(config.to_dict()))
+    assert stored == json.loads(json.dumps(dataclasses.asdict(check_config(config))))
     dataset = json.loads((folder / "dataset.json").read_text())
     images = fr.load_dataset("digits", "train[:264]", config.data_dir).images / 255
     np.testing.assert_allclose(dataset["mean"], images.mean((0, 1, 2)), rtol=1e-6)
@@ -76,7 +77,7 @@ def assert_tensorboard_shows_the_metrics(folder):
         "learning_rate": "learning_rate",
     }
     for tag, name in tags.items():
-        shown = [(e.step, e.tensor_proto.float_val[0]) for e in events.Tensors(tag)]
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
         stored = [(r["step"], r[name]) for r in read_metrics(folder)]
         np.testing.assert_allclose(shown, stored, rtol=1e-6)
 
