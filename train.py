@@ -119,6 +119,28 @@ def use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def ignore_late_news() -> None:
+    """Keeps TensorStore's threads from writing tracebacks of an event loop that is closed.
+
+    Where an array cannot be read or written, Orbax raises, which is told in a line, and closes
+    its loop before the threads of the other arrays have come back to it.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+
+    def is_late(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    def excepthook(kind, error, traceback):
+        if not is_late(error):
+            hooks[0](kind, error, traceback)
+
+    def unraisablehook(unraisable):
+        if not is_late(unraisable.exc_value):
+            hooks[1](unraisable)
+
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
 def end_by_signal(code: int) -> NoReturn:
     """Ends the program without waiting for what still runs in other threads."""
     sys.stderr.flush()
@@ -129,6 +151,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
     try:
         use_huge_pages()
+        ignore_late_news()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
         end_by_signal(128 + signal.SIGINT)

@@ -314,7 +314,6 @@ def test_full_disk(tmp_path, digits_dir):
     assert "Traceback" not in result.stderr
     # It is a checkpoint or another file of the run that finds no room.
     assert re.search(r"train.py: .* (be written to|write workdir) .*/full/run", result.stderr)
-    assert "No space left on device" in result.stderr
     # The second start goes on from the last checkpoint of the first.
     assert "0 of them done" not in result.stderr.split("train.py:")[1]
 
