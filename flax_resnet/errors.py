@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input cannot be used."""
+"""The one exception that means: the user's input cannot be used; and what others say, short."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     `train.py` prints it on standard error and exits with code 2.
     """
+
+
+def short_reason(error: object) -> str:
+    """The beginning of what an exception says, in one line."""
+    return " ".join(str(error).split())[:200]

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from flax_resnet.data import normalize
 from flax_resnet.errors import InputError
 from flax_resnet.models import VGG, ResNet
+from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import programs
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import (
@@ -204,10 +204,7 @@ def _read_patiently(
             time.sleep(_SECONDS_TO_DELETE)
             if chosen.exists() or attempts == _ATTEMPTS:
                 raise
-    expected = jax.eval_shape(
-        partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, *image_shape))
-    )
-    if _shapes(variables) != _shapes(expected):
+    if _shapes(variables) != _shapes(variable_shapes(model, image_shape)):
         raise InputError(f"checkpoint {chosen} is of another model than config.json tells")
     return chosen, jax.device_put(variables, jax.local_devices()[0]), history
 

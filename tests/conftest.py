@@ -87,6 +87,22 @@ def finished(config, tmp_path_factory: pytest.TempPathFactory):
     return folder, fr.train(config, folder)
 
 
+@pytest.fixture(scope="session")
+def run(finished):
+    """That run as `fr.load_run` opens it, with its newest checkpoint."""
+    import flax_resnet as fr
+
+    return fr.load_run(finished[0], "newest")
+
+
+@pytest.fixture(scope="session")
+def evaluation(run):
+    """What it says of its test split."""
+    from flax_resnet.evaluate import evaluate, open_test_set
+
+    return evaluate(run, open_test_set(run), quiet=True)
+
+
 @pytest.fixture
 def run_copy(finished, tmp_path: Path) -> Path:
     """A copy of that run's folder, for a test to change."""

@@ -14,16 +14,6 @@ from flax_resnet.data import Source
 from flax_resnet.evaluate import Evaluation, evaluate, open_test_set, summarize, wilson_interval
 
 
-@pytest.fixture(scope="module")
-def run(finished):
-    return fr.load_run(finished[0], "newest")
-
-
-@pytest.fixture(scope="module")
-def evaluation(run):
-    return evaluate(run, open_test_set(run), quiet=True)
-
-
 def test_number_is_that_of_metrics_jsonl(run, evaluation):
     summary = summarize(run, evaluation)
     assert summary["examples"] == 101  # in batches of 40

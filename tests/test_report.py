@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 
 import flax_resnet as fr
 from flax_resnet import report
-from flax_resnet.evaluate import Evaluation, evaluate, open_test_set
+from flax_resnet.evaluate import Evaluation, open_test_set
 
 HOSTILE = "<script>alert('\"&')</script>"
 
@@ -56,16 +56,6 @@ def assert_stands_alone(page):
             assert not re.search(r"url\((?!#)|@import", value or "")
     assert not re.search(r"@import|url\((?!#)", "".join(page.text))
     assert not re.search("https?:", page.html)
-
-
-@pytest.fixture(scope="module")
-def run(finished):
-    return fr.load_run(finished[0], "newest")
-
-
-@pytest.fixture(scope="module")
-def evaluation(run):
-    return evaluate(run, open_test_set(run), quiet=True)
 
 
 def test_page_has_all_and_stands_alone(finished, run, evaluation, tmp_path):

@@ -157,7 +157,12 @@ def test_compiled_programs_are_kept(digits_dir, tmp_path):
     short = (*DIGITS, "--config.num_steps=1", "--config.warmup_epochs=0.01")
     own, other = tmp_path / "cache", tmp_path / "other"
     run = partial(
-        run_train, data_dir=digits_dir, XDG_CACHE_HOME=str(own), JAX_COMPILATION_CACHE_DIR=""
+        run_train,
+        data_dir=digits_dir,
+        XDG_CACHE_HOME=str(own),
+        JAX_COMPILATION_CACHE_DIR="",
+        # All of them, or it would depend on how busy the machine is which are kept.
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     assert run(*short, f"--workdir={tmp_path}/1").returncode == 0
     kept = sorted((own / "flax_resnet" / "xla").glob("*-cache"))

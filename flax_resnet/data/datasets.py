@@ -26,7 +26,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from tqdm import tqdm
 
 from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,10 @@ def _open(name: str, data_dir: str | None) -> _Builder:
 
 
 def _damaged(name: str, folder: Any, reason: Any) -> str:
-    reason = " ".join(str(reason).split())[:300]
-    return f"the TFDS folder {folder} of {name} is damaged: {reason}; delete it and start again"
+    return (
+        f"the TFDS folder {folder} of {name} is damaged: {short_reason(reason)}; "
+        "delete it and start again"
+    )
 
 
 def _prepare(builder: _Builder) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from flax_resnet.models.torch_weights import _torch_name
+from flax_resnet.models.torch_weights import torch_name
 
 
 def names_of(path: tuple[str, ...]) -> list[str]:
@@ -12,7 +12,7 @@ def names_of(path: tuple[str, ...]) -> list[str]:
     For ("params", "layer1_0", "conv1", "kernel") these are layer1, layer1.0, layer1.0.conv1
     and layer1.0.conv1.weight.
     """
-    words = _torch_name(path).split(".")
+    words = torch_name(path).split(".")
     return [".".join(words[:end]) for end in range(1, len(words) + 1)]
 
 

@@ -51,7 +51,8 @@ def create_model(
       TypeError: if it has no such field.
     """
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3) or _MODELS
-        raise ValueError(f"unknown model {name!r}: did you mean {', '.join(near)}?")
+        near = difflib.get_close_matches(name, _MODELS, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "fr.list_models() names all"
+        raise ValueError(f"unknown model {name!r}: {hint}")
     model = _MODELS[name](**fields)
     return model if weights is None else (model, pretrained(model, weights))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
+
+from flax_resnet.models.shapes import variable_shapes
 
 
 class Layer(NamedTuple):
@@ -98,8 +98,7 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
             layers.insert(place, layer)
         return output
 
-    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
     with nn.intercept_methods(record):
         # init, and not apply, since `scan_blocks` runs one block for all there.
-        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+        variable_shapes(model, (height, width, channels))
     return Summary(tuple(layers))

@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.weight_files import read_state_dict
 
 _LEAVES = {
@@ -65,12 +65,8 @@ def from_torch(
     }
     firsts = [arrays[name] for name in _FIRST_CONVOLUTIONS if name in arrays]
     channels = firsts[0].shape[1] if firsts and firsts[0].ndim == 4 else 3
-    # 64 pixels are enough for any stem; the shapes of the variables do not depend on it.
-    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
-    shapes: dict[tuple[str, ...], Any] = flatten_dict(
-        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-    )
-    expected = {_torch_name(path): path for path in shapes}
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, (64, 64, channels)))
+    expected = {torch_name(path): path for path in shapes}
 
     problems = [f"left over {name}" for name in arrays if name not in expected]
     for name, path in expected.items():
@@ -111,14 +107,15 @@ def to_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nd
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
     state_dict = {}
     for path, array in flat.items():
-        name = _torch_name(path)
+        name = torch_name(path)
         state_dict[name] = np.array(_to_layout(np.asarray(array)), order="C")
         if name.endswith("running_var"):
             state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0)
     return state_dict
 
 
-def _torch_name(path: tuple[str, ...]) -> str:
+def torch_name(path: tuple[str, ...]) -> str:
+    """PyTorch's name of a variable, given by its path, such as ("params", "fc", "kernel")."""
     _, *modules, leaf = path
     name = ".".join([*modules, _LEAVES[leaf]])
     name = name.replace("downsample_conv.", "downsample.0.")

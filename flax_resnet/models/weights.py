@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.models.torch_weights import _torch_name, from_torch, to_arrays
+from flax_resnet.models.shapes import variable_shapes
+from flax_resnet.models.torch_weights import from_torch, to_arrays, torch_name
 from flax_resnet.models.weight_files import read_state_dict
 
 
@@ -79,7 +80,9 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
 
         @jax.jit
         def new_head():
-            initial = flatten_dict(_init(model))
+            # Any size does: the shapes of the variables do not depend on it.
+            images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+            initial = flatten_dict(model.lazy_init(jax.random.key(0), images, train=False))
             return {path: initial[path] for path in initial if path not in flat}
 
         flat |= new_head()
@@ -102,7 +105,7 @@ def fit_weights(
       ValueError: see `pretrained`.
     """
     head = _head(model)
-    shapes = [state_dict[name].shape for name in map(_torch_name, head) if name in state_dict]
+    shapes = [state_dict[name].shape for name in map(torch_name, head) if name in state_dict]
     classes = shapes[0][0] if shapes and shapes[0] else 0
     flat: dict[tuple[str, ...], Any] = flatten_dict(
         from_torch(model.clone(num_classes=classes), state_dict)
@@ -116,13 +119,7 @@ def _head(model: nn.Module) -> list[tuple[str, ...]]:
     """Paths of the variables whose shapes depend on the number of classes."""
 
     def shapes(classes: int) -> dict[tuple[str, ...], Any]:
-        return flatten_dict(jax.eval_shape(lambda: _init(model.clone(num_classes=classes))))
+        return flatten_dict(variable_shapes(model.clone(num_classes=classes)))
 
     one, two = shapes(1), shapes(2)
     return [path for path in one if one[path].shape != two[path].shape]
-
-
-def _init(model: nn.Module) -> Any:
-    # Any size does: the shapes of the variables do not depend on it.
-    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    return model.lazy_init(jax.random.key(0), images, train=False)

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.training import hosts
 from flax_resnet.training.config import Config
 from flax_resnet.training.hardware import describe_hardware
@@ -82,6 +82,7 @@ class Checkpoints:
 
         self._config = config
         self._folder = workdir.absolute() / "checkpoints"
+        self._surroundings = {"versions": _versions(), "hardware": describe_hardware()}
         self._being_written = 0
         self._saved, self._asked = time.monotonic(), 0
         self._manager = ocp.CheckpointManager(
@@ -128,14 +129,16 @@ class Checkpoints:
         """
         self._saved = time.monotonic()
         step = int(state.step)
-        run = dataclasses.asdict(history) | {
-            "epoch": len(history.records),
-            "seed": self._config.seed,
-            "best": history.best,
-            "config": dataclasses.asdict(self._config),
-            "versions": _versions(),
-            "hardware": describe_hardware(),
-        }
+        run = (
+            dataclasses.asdict(history)
+            | {
+                "epoch": len(history.records),
+                "seed": self._config.seed,
+                "best": history.best,
+                "config": dataclasses.asdict(self._config),
+            }
+            | self._surroundings
+        )
         metrics = {}
         if history.records and history.records[-1]["step"] == step:
             metrics["test_accuracy"] = history.records[-1]["test_accuracy"]
@@ -154,18 +157,16 @@ class Checkpoints:
         except Exception as error:  # of Orbax, TensorStore and the disk
             raise self._cannot_be_written(error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, History] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, History]:
         """The newest state and history, on the devices and with the sharding of `like`.
 
-        Returns:
-          None if there is no checkpoint.
+        There has to be a checkpoint: see `newest`.
 
         Raises:
           InputError: if it is of another model, or cannot be read.
         """
         step = self._manager.latest_step()
-        if step is None:
-            return None
+        assert step is not None
         self._check_shapes(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
@@ -179,7 +180,7 @@ class Checkpoints:
             return restored["state"], History(**{name: restored["run"][name] for name in names})
         except Exception as error:  # Orbax and TensorStore have many, and no base for them
             raise InputError(
-                f"checkpoint {self._folder / str(step)} cannot be read: {_one_line(error)}"
+                f"checkpoint {self._folder / str(step)} cannot be read: {short_reason(error)}"
             ) from error
 
     def finish(self) -> None:
@@ -225,8 +226,14 @@ class Checkpoints:
     def _cannot_be_written(self, error: Exception) -> InputError:
         last = f"the last one is {self.newest}" if self.newest else "there is none"
         return InputError(
-            f"a checkpoint cannot be written to {self._folder}: {_one_line(error)}; {last}"
+            f"a checkpoint cannot be written to {self._folder}: {short_reason(error)}; {last}"
         )
+
+
+def steps_in(workdir: Path) -> list[int]:
+    """The steps that a run's folder has checkpoints of, the newest last."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def choose_checkpoint(workdir: Path, which: str | int) -> Path:
@@ -241,7 +248,7 @@ def choose_checkpoint(workdir: Path, which: str | int) -> Path:
       InputError: if there is no such checkpoint.
     """
     folder = workdir / "checkpoints"
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    steps = steps_in(workdir)
     if not steps:
         raise InputError(f"{workdir} holds no checkpoint of a run")
 
@@ -273,7 +280,9 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
     try:
         content = json.loads((checkpoint / "run" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_one_line(error)}") from error
+        raise InputError(
+            f"checkpoint {checkpoint} cannot be read: {short_reason(error)}"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
     return content
@@ -315,7 +324,9 @@ def read_variables(checkpoint: Path) -> dict[str, Any]:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             return checkpointer.restore(state, args=arguments)
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {_one_line(error)}") from error
+        raise InputError(
+            f"checkpoint {checkpoint} cannot be read: {short_reason(error)}"
+        ) from error
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:
@@ -328,7 +339,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
       InputError: if no other is left; then none is moved.
     """
     folder = workdir / "checkpoints"
-    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal())
+    steps = steps_in(workdir)
     damage = {step: found for step in steps if (found := damage_of(folder / str(step)))}
     newest_sound = max(set(steps) - set(damage), default=None)
     if damage and newest_sound is None:
@@ -353,7 +364,7 @@ def damage_of(checkpoint: Path) -> str | None:
         expected = json.loads((checkpoint / _MANIFEST).read_text())
         actual = dict(_digests(checkpoint))
     except (OSError, ValueError) as error:
-        return _one_line(error)
+        return short_reason(error)
     for name in sorted({*expected, *actual}):
         if name not in actual:
             return f"{name} is missing"
@@ -381,7 +392,3 @@ def _shapes(tree: Any) -> dict[str, str]:
 def _versions() -> dict[str, str]:
     names = ("flax_resnet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

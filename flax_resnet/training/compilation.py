@@ -1,5 +1,7 @@
 """JAX's cache of compiled programs, on by default."""
 
+import os
+
 import jax
 import platformdirs
 
@@ -13,5 +15,6 @@ def keep_compiled_programs() -> None:
     if not jax.config.values["jax_compilation_cache_dir"]:
         folder = platformdirs.user_cache_path("flax_resnet") / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # A start has a dozen small programs, which together take seconds.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # A start has a dozen small programs, which together take seconds.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

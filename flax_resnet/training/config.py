@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import ResNet, create_model
 from flax_resnet.models.freezing import is_frozen, names_of
+from flax_resnet.models.shapes import variable_shapes
 
 SCHEDULES = ("constant", "step", "cosine", "onecycle")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -233,19 +232,18 @@ def _model_problems(run: Config) -> list[str]:
     taken = _DECIDED_BY_OTHER_KEYS & set(run.model_fields)
     if taken:
         return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     try:
         model = create_model(run.model, frozen=run.freeze, **run.model_fields)
     except ValueError as error:
-        return [str(error)]
+        return [short_reason(error)]
     except TypeError as error:
-        return [f"model_fields do not fit {run.model}: {error}"]
+        return [f"model_fields do not fit {run.model}: {short_reason(error)}"]
     if not (run.model_fields or run.freeze):
         return []  # a model as it is fits
     try:
-        variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
+        variables = variable_shapes(model, (32, 32, 3))
     except Exception as error:  # of whatever a field is used for
-        return [f"model_fields do not fit {run.model}: {' '.join(str(error).split())[:200]}"]
+        return [f"model_fields do not fit {run.model}: {short_reason(error)}"]
     return _freeze_problems(run, flatten_dict(variables))
 
 

@@ -12,10 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import InputError
 from flax_resnet.models import create_model
+from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
 from flax_resnet.models.weights import fit_weights
-from flax_resnet.training.checkpoint import choose_checkpoint, read_variables
+from flax_resnet.training.checkpoint import choose_checkpoint, read_variables, steps_in
 from flax_resnet.training.config import Config
 from flax_resnet.training.progress import say
 from flax_resnet.training.steps import TrainState
@@ -33,7 +34,7 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
       InputError: if there is none, or it cannot be read.
     """
     source = config.init_from
-    if source is None or any((workdir / "checkpoints").glob("[0-9]*")):
+    if source is None or steps_in(workdir):
         return None
     if not source:
         raise InputError(
@@ -62,12 +63,9 @@ def fit_initial(
     Raises:
       InputError: if it is of another model, or for images of another number of channels.
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         weights, classes = fit_weights(model, state_dict)
-        expected: dict[tuple[str, ...], Any] = flatten_dict(
-            jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), image)
-        )
+        expected: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, image_shape))
         for path, value in weights.items():
             if value.shape != expected[path].shape:
                 raise ValueError(

@@ -175,13 +175,12 @@ def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
     everywhere = programs.replicated(run.mesh)
     create = partial(create_state, run.model, run.optimizer, image_shape=run.data.train.image_shape)
     init_key, _ = programs.random_keys(run.config.seed)
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(create, init_key),
-    )
-    restored = checkpoints.restore(shapes)
-    if restored is not None:
-        return restored
+    if checkpoints.newest is not None:
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(create, init_key),
+        )
+        return checkpoints.restore(shapes)
     if run.scans_blocks:  # many blocks, each of which would be compiled
         state = jax.device_put(create(init_key), everywhere)
         return start_from(run.initial, state), History()

@@ -115,9 +115,10 @@ def locked(workdir: Path) -> Iterator[None]:
         raise InputError(f"another run is at work in {workdir}: name another --workdir") from error
     except OSError as error:
         raise InputError(f"cannot write workdir {workdir}: {error}") from error
-    with lock:
+    try:
         yield
-    lock.release()
+    finally:
+        lock.release()
 
 
 def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -295,6 +296,25 @@ TWINS = _twins()
 def create(name: str, **fields) -> Any:
     """The twin of `create_model(name, **fields)`, as far as both have these fields."""
     return TWINS[name](**fields)
+
+
+def train_step(
+    twin: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    label_smoothing: float = 0.0,
+) -> tuple[float, np.ndarray]:
+    """Loss and logits of a batch, images [N, H, W, C], before one step on it."""
+    optimizer.zero_grad()
+    logits = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    loss = nn.functional.cross_entropy(
+        logits, torch.from_numpy(labels).long(), label_smoothing=label_smoothing
+    )
+    loss.backward()
+    optimizer.step()
+    return loss.item(), logits.detach().numpy()
 
 
 def randomize(module: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import flax_resnet as fr
@@ -128,7 +128,10 @@ KEYS = st.sampled_from([field.name for field in dataclasses.fields(Config)])
 
 
 @given(st.dictionaries(KEYS | st.text(), ANYTHING, min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@example({"model": ""})
+@example({"model": "a model\n" * 100})
+@example({"model_fields": {"a field\n" * 100: 0}})
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_config_is_valid_or_refused_in_a_line(config):
     problem = ""
     try:
