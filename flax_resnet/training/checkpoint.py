@@ -43,7 +43,7 @@ class History:
 
     Attributes:
       records: a line of metrics.jsonl for every epoch that is done.
-      losses, accuracies: of the steps of the epoch that is not done.
+      losses, accuracies, gradient_norms: of the steps of the epoch that is not done.
       seconds: that these took.
       rollbacks: how often the loss was not finite and the run went back; each time the
         examples come in another order, with other augmentation.
@@ -52,6 +52,7 @@ class History:
     records: list[Record] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
     seconds: float = 0.0
     rollbacks: int = 0
 
@@ -63,7 +64,7 @@ class History:
     def end_epoch(self, record: Record) -> None:
         """Adds the record of the epoch, and begins the next."""
         self.records.append(record)
-        self.losses, self.accuracies, self.seconds = [], [], 0.0
+        self.losses, self.accuracies, self.gradient_norms, self.seconds = [], [], [], 0.0
 
 
 class Checkpoints:

@@ -47,8 +47,8 @@ class Feed:
 
     Attributes:
       advance: (state, step, count) -> (state, metrics), for the steps from `step` on;
-        count is 1, or `steps_a_call` if the epoch has so many left. Metrics are float32 []
-        or [count].
+        count is 1, or `steps_a_call` if the epoch has so many left. Metrics are those of
+        `train_step`, with one more axis, the first, of that length, if count is above 1.
       steps_a_call: see `advance`.
       evaluate: (state, stop) -> mean "loss" and "accuracy" over the test split, or None as
         soon as stop(), asked before every batch, says so.

@@ -17,9 +17,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
 from flax_resnet.models import VGG, ResNet, native, stack_blocks, unstack_blocks
-from flax_resnet.training import hosts, programs
+from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
 from flax_resnet.training.compilation import keep_compiled_programs
@@ -34,6 +35,7 @@ from flax_resnet.training.steps import Metrics, TrainState, create_state
 # A run whose loss is not finite after so many returns needs another config.
 _MAX_ROLLBACKS = 10
 _SECONDS_OF_A_SLOW_CALL = 1.0
+_IMAGES_SHOWN = 64
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -217,20 +219,31 @@ def _train_on(
         say(f"compiled in {time.perf_counter() - started:.1f} s")
         writer = None
         if first_host:
-            writer = files.open_tensorboard(run.workdir, history.records)
+            writer = tensorboard.open_writer(run.workdir, history.records)
             stack.enter_context(contextlib.closing(writer))
+            if not history.records:
+                inputs = _first_inputs(run, history.rollbacks)
+                tensorboard.write_images(writer, "train/images", inputs)
         images = [steps * run.config.batch_size for steps in (run.total_steps, done_steps)]
         progress = stack.enter_context(Progress(run.num_epochs, *images))
         signals = stack.enter_context(Signals())
         while len(history.records) < run.num_epochs:
-            state = _run_epoch(run, feed, checkpoints, state, history, progress, signals)
+            state, norms = _run_epoch(run, feed, checkpoints, state, history, progress, signals)
             record = history.records[-1]
             if writer is not None:
                 files.append_metrics(run.workdir, record)
-                files.write_scalars(writer, record)
+                tensorboard.write_scalars(writer, record)
+                tensorboard.write_histograms(writer, record["step"], state.params, norms)
             _save(run, checkpoints, state, history)
             say(_summary(record, run.num_epochs, progress.time_left()))
     return unstack_blocks(state)
+
+
+def _first_inputs(run: _Run, rollbacks: int) -> np.ndarray:
+    """The first training images as the model sees them in its first epoch."""
+    train, index = run.data.train, np.arange(min(_IMAGES_SHOWN, len(run.data.train)))
+    images = train.images[index] if isinstance(train, Dataset) else train.read(index)[0]
+    return np.asarray(programs.make_augment(run.config, rollbacks)(images, index, 0))
 
 
 def _open_feed(
@@ -257,8 +270,12 @@ def _run_epoch(
     history: History,
     progress: Progress,
     signals: Signals,
-) -> TrainState:
-    """Trains to the end of an epoch, evaluates, and adds the epoch to the history."""
+) -> tuple[TrainState, list[Any]]:
+    """Trains to the end of an epoch, evaluates, and adds the epoch to the history.
+
+    Returns:
+      The state, and layer_gradient_norms of all calls since this start of the run.
+    """
     epoch = len(history.records)
     first = epoch * run.steps_per_epoch
     last = min(first + run.steps_per_epoch, run.total_steps)
@@ -266,16 +283,21 @@ def _run_epoch(
     started = time.perf_counter() - history.seconds
     seconds_a_call = 0.0
     running: list[Metrics] = []
+    layer_norms: list[Any] = []
 
     def fetch() -> None:
-        metrics = running.pop(0)
-        loss, accuracy = (np.atleast_1d(metrics[name]) for name in ("loss", "accuracy"))
+        metrics = jax.device_get(running.pop(0))
+        if metrics["loss"].ndim == 0:
+            metrics = jax.tree.map(lambda value: value[np.newaxis], metrics)
+        loss, accuracy = metrics["loss"], metrics["accuracy"]
         finite = np.isfinite(loss)
         if not finite.all():
             at = int(finite.argmin())
             raise _not_finite(run, f"loss is {loss[at]}", first + len(history.losses) + at)
         history.losses.extend(loss.tolist())
         history.accuracies.extend(accuracy.tolist())
+        history.gradient_norms.extend(metrics["gradient_norm"].tolist())
+        layer_norms.append(metrics["layer_gradient_norms"])
         progress.step(epoch + 1, len(loss) * run.config.batch_size, loss, accuracy)
 
     def settle() -> None:
@@ -325,12 +347,13 @@ def _run_epoch(
             "train_accuracy": math.fsum(history.accuracies) / len(history.accuracies),
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
+            "gradient_norm": math.fsum(history.gradient_norms) / len(history.gradient_norms),
             "learning_rate": run.learning_rate_of(last - 1),
             "images_per_second": len(history.losses) * run.config.batch_size / history.seconds,
             "seconds": time.perf_counter() - started,
         }
     )
-    return state
+    return state, layer_norms
 
 
 def _save(run: _Run, checkpoints: Checkpoints, state: TrainState, history: History) -> None:

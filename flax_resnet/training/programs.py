@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, normalize
 from flax_resnet.errors import InputError
@@ -74,6 +75,31 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     return init, augmentation
 
 
+def make_augment(
+    config: Config, rollbacks: int = 0
+) -> Callable[[ArrayLike, ArrayLike, ArrayLike], jax.Array]:
+    """(images, index, epoch) -> images: `augment`, as it is in that epoch of a run.
+
+    Args:
+      config: see `Config`.
+      rollbacks: how often the run has gone back; each gives other augmentation.
+    """
+    _, key = random_keys(config.seed)
+    if rollbacks:
+        key = jax.random.fold_in(key, rollbacks)
+
+    def in_epoch(images, index, epoch):
+        return augment(
+            images,
+            index,
+            jax.random.fold_in(key, epoch),
+            crop_padding=config.crop_padding,
+            flip=config.horizontal_flip,
+        )
+
+    return in_epoch
+
+
 def make_train_step(
     config: Config,
     model: nn.Module,
@@ -95,20 +121,14 @@ def make_train_step(
       steps_per_epoch: steps after which augmentation begins anew.
       rollbacks: how often the run has gone back; each gives other augmentation and dropout.
     """
-    init_key, augment_key = random_keys(config.seed)
+    augment_in_epoch = make_augment(config, rollbacks)
+    init_key, _ = random_keys(config.seed)
     dropout_key = jax.random.fold_in(init_key, 1)
     if rollbacks:
-        augment_key = jax.random.fold_in(augment_key, rollbacks)
         dropout_key = jax.random.fold_in(dropout_key, rollbacks)
 
     def step(state, batch):
-        images = augment(
-            batch["image"],
-            batch["index"],
-            jax.random.fold_in(augment_key, state.step // steps_per_epoch),
-            crop_padding=config.crop_padding,
-            flip=config.horizontal_flip,
-        )
+        images = augment_in_epoch(batch["image"], batch["index"], state.step // steps_per_epoch)
         return train_step(
             state,
             {"image": normalize(images, *statistics), "label": batch["label"]},

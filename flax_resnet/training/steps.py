@@ -8,10 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int32, Key
 
 Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -85,7 +86,9 @@ def train_step(
         step draws depends on it, the number of the step and the part of the batch.
 
     Returns:
-      The state after the step, and the batch's mean "loss" and "accuracy", float32 [].
+      The state after the step, and the batch's mean "loss" and "accuracy" and the Euclidean
+      "gradient_norm", float32 []; "layer_gradient_norms" has that of every convolution's and
+      every linear layer's kernel alone, in the places that the kernels have in `state.params`.
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
@@ -121,6 +124,7 @@ def train_step(
     else:
         carry, (grads, metrics) = _in_parts(part, carry, batch, accumulation_steps)
     batch_stats, _ = carry
+    metrics |= _gradient_norms(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,
@@ -129,6 +133,19 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
+
+
+def _gradient_norms(grads: Any) -> Metrics:
+    flat: dict[tuple[str, ...], Any] = flatten_dict(grads)
+    # The axis before a kernel's four is of blocks on top of each other: see `stack_blocks`.
+    squares = {
+        path: jnp.square(g).sum(range(max(0, g.ndim - 4), g.ndim)) for path, g in flat.items()
+    }
+    kernels = {path: jnp.sqrt(total) for path, total in squares.items() if path[-1] == "kernel"}
+    return {
+        "gradient_norm": jnp.sqrt(sum(total.sum() for total in squares.values())),
+        "layer_gradient_norms": unflatten_dict(kernels),
+    }
 
 
 def _in_parts(part, carry, batch, count):

@@ -1,14 +1,9 @@
-"""The files of a run's folder that are not checkpoints.
-
-config.json, dataset.json, metrics.jsonl, events.out.tfevents.* and curves.png, and a lock.
-"""
+"""Files of a run's folder: config.json, dataset.json, metrics.jsonl, curves.png, and a lock."""
 
 import contextlib
 import dataclasses
 import json
 import os
-import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +11,6 @@ from typing import Any
 import filelock
 import matplotlib.figure
 import matplotlib.ticker
-from tensorboard.compat.proto import event_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
@@ -154,30 +147,6 @@ def append_metrics(workdir: Path, record: Record) -> None:
 
 def _line(record: Record) -> str:
     return json.dumps(record) + "\n"
-
-
-def open_tensorboard(workdir: Path, records: Sequence[Record]) -> EventFileWriter:
-    """TensorBoard's event files, of which TensorBoard forgets what came after the records."""
-    writer = EventFileWriter(str(workdir))
-    step = records[-1]["step"] + 1 if records else 0
-    writer.add_event(_event(step, session_log={"status": "START"}))
-    return writer
-
-
-def write_scalars(writer: EventFileWriter, record: Record) -> None:
-    """Shows a record in TensorBoard, as train/loss, test/loss, learning_rate, ..."""
-    for name, value in record.items():
-        if name not in ("epoch", "step"):
-            tag = re.sub("^(train|test)_", r"\1/", name)
-            # Not a tensor, as newer writers have it: those are not forgotten everywhere.
-            summary = {"value": [{"tag": tag, "simple_value": value}]}
-            writer.add_event(_event(record["step"], summary=summary))
-    writer.flush()
-
-
-def _event(step: int, **what: Any) -> Any:
-    # Its types are made at run time.
-    return event_pb2.Event(wall_time=time.time(), step=step, **what)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

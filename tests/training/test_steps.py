@@ -12,6 +12,7 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.data import Dataset, channel_statistics, epoch_order
+from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.training import create_state, eval_step, programs, sgd, train_step
 from flax_resnet.training.config import Config
 from flax_resnet.training.feeds import Data, open_feed
@@ -63,9 +64,41 @@ def test_step_is_that_of_torch(rng, label_smoothing):
         correct = (logits.argmax(1) == labels).mean()
         np.testing.assert_allclose(metrics["accuracy"], correct)
 
+        norms = {n: torch.linalg.vector_norm(p.grad).item() for n, p in twin.named_parameters()}
+        total = np.linalg.norm(list(norms.values()))
+        np.testing.assert_allclose(metrics["gradient_norm"], total, rtol=1e-4)
+        layers = jax.tree.leaves_with_path(metrics["layer_gradient_norms"])
+        assert len(layers) == 7  # 6 convolutions and fc
+        for path, norm in layers:
+            name = torch_name(("params", *(key.key for key in path)))
+            np.testing.assert_allclose(norm, norms[name], rtol=1e-3, err_msg=name)
+
     assert state.step == 3
     expected = fr.from_torch(MODEL, twin.state_dict())["params"]
     chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
+    model = MODEL.clone(layers=(1, 3))
+    optimizer = sgd(Config(**SGD), optax.constant_schedule(0.1))
+    state = jax.jit(partial(create_state, model, optimizer, image_shape=(8, 8, 3)))(
+        jax.random.key(0)
+    )
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(8, 8, 8, 3)), jnp.float32),
+        "label": jnp.arange(8),
+    }
+    _, metrics = train_step(state, batch, model=model, optimizer=optimizer)
+    _, stacked = train_step(
+        fr.stack_blocks(state), batch, model=model.clone(scan_blocks=True), optimizer=optimizer
+    )
+    np.testing.assert_allclose(stacked["gradient_norm"], metrics["gradient_norm"], rtol=1e-4)
+    assert stacked["layer_gradient_norms"]["layer2_rest"]["conv1"]["kernel"].shape == (2,)
+    chex.assert_trees_all_close(
+        fr.unstack_blocks(stacked["layer_gradient_norms"]),
+        metrics["layer_gradient_norms"],
+        rtol=1e-3,
+    )
 
 
 def test_one_batch_can_be_learnt_by_heart(rng):

@@ -1,6 +1,7 @@
 """Whole runs on the digits, and what they leave behind."""
 
 import dataclasses
+import io
 import json
 import shutil
 from functools import partial
@@ -9,6 +10,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import flax_resnet as fr
@@ -43,11 +45,13 @@ def test_metrics_have_a_line_an_epoch(finished, config):
             "train_accuracy",
             "test_loss",
             "test_accuracy",
+            "gradient_norm",
             "learning_rate",
             "images_per_second",
             "seconds",
         }
         assert record["images_per_second"] > 0
+        assert record["gradient_norm"] > 0
         # Of 101 test images, and of 8 batches of 32.
         assert record["test_accuracy"] * 101 == pytest.approx(round(record["test_accuracy"] * 101))
         assert record["train_accuracy"] * 256 == pytest.approx(
@@ -69,11 +73,17 @@ def test_run_describes_itself(finished, config):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def read_events(folder):
+    everything = {kind: 0 for kind in ("scalars", "images", "histograms")}
+    return EventAccumulator(str(folder), everything).Reload()
+
+
 def assert_tensorboard_shows_the_metrics(folder):
-    events = EventAccumulator(str(folder)).Reload()
+    events = read_events(folder)
     tags = {
         "train/loss": "train_loss",
         "test/accuracy": "test_accuracy",
+        "gradient_norm": "gradient_norm",
         "learning_rate": "learning_rate",
     }
     for tag, name in tags.items():
@@ -84,6 +94,49 @@ def assert_tensorboard_shows_the_metrics(folder):
 
 def test_tensorboard_shows_the_metrics(finished):
     assert_tensorboard_shows_the_metrics(finished[0])
+
+
+def test_tensorboard_shows_layers(finished):
+    folder, state = finished
+    events, records = read_events(folder), read_metrics(folder)
+    convolutions = [f"layer{stage}.0.conv{i}" for stage in (1, 2, 3) for i in (1, 2)] + ["conv1"]
+    gradients = {f"gradient/{layer}" for layer in (*convolutions, "fc")}
+    scales = {f"scale/{layer.replace('conv', 'bn')}" for layer in convolutions}
+    assert set(events.Tags()["histograms"]) == gradients | scales
+
+    squares = np.zeros(len(records))
+    for tag in gradients:
+        histograms = events.Histograms(tag)
+        assert [histogram.step for histogram in histograms] == [8, 16, 24, 32]
+        for histogram in histograms:
+            value = histogram.histogram_value
+            assert value.num == sum(value.bucket) == 8  # steps
+        squares += [histogram.histogram_value.sum_squares / 8 for histogram in histograms]
+    # The kernels have most of the gradient, and not more than all.
+    assert (squares < 1.1 * np.square([r["gradient_norm"] for r in records])).all()
+
+    scale = np.asarray(state.params["layer2_0"]["bn1"]["scale"])
+    value = events.Histograms("scale/layer2.0.bn1")[-1].histogram_value
+    assert (value.num, value.min, value.max) == (len(scale), scale.min(), scale.max())
+    np.testing.assert_allclose(value.sum_squares, np.square(scale).sum(), rtol=1e-6)
+
+
+def test_tensorboard_shows_inputs(finished, config):
+    (event,) = read_events(finished[0]).Images("train/images")
+    shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    images = fr.load_dataset("digits", "train[:64]", config.data_dir).images
+    height, width = images.shape[1:3]
+    assert shown.shape == (8 * height + 14, 8 * width + 14, 3)
+    assert event.step == 0
+    others = 0
+    for i, image in enumerate(images):
+        top, left = i // 8 * (height + 2), i % 8 * (width + 2)
+        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))  # crop_padding
+        crops = [padded[y : y + height, x : x + width] for y in range(5) for x in range(5)]
+        tile = shown[top : top + height, left : left + width]
+        assert any((tile == crop).all() for crop in crops), i
+        others += bool((tile != image).any())
+    assert others > 32
 
 
 def test_newest_and_best_state_are_kept(finished):

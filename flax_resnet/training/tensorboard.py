@@ -1,0 +1,121 @@
+"""What a run shows in TensorBoard: scalars, augmented images, histograms of its layers."""
+
+import io
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from PIL import Image
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from flax_resnet.models import unstack_blocks
+from flax_resnet.models.torch_weights import torch_name
+from flax_resnet.training.checkpoint import Record
+
+_PIXELS_BETWEEN_IMAGES = 2
+
+# Of the summaries only the old kinds are written, and not tensors: those are not forgotten
+# everywhere when a run goes back to an earlier step.
+
+
+def open_writer(workdir: Path, records: Sequence[Record]) -> EventFileWriter:
+    """An event file, with which TensorBoard forgets what came after the records."""
+    writer = EventFileWriter(str(workdir))
+    step = records[-1]["step"] + 1 if records else 0
+    writer.add_event(_event(step, session_log={"status": "START"}))
+    return writer
+
+
+def write_scalars(writer: EventFileWriter, record: Record) -> None:
+    """Shows a record, as train/loss, test/loss, learning_rate, ..."""
+    values = [
+        {"tag": re.sub("^(train|test)_", r"\1/", name), "simple_value": value}
+        for name, value in record.items()
+        if name not in ("epoch", "step")
+    ]
+    _write(writer, record["step"], values)
+
+
+def write_histograms(
+    writer: EventFileWriter, step: int, params: Any, gradient_norms: Sequence[Any]
+) -> None:
+    """Shows scale/LAYER and gradient/LAYER, the layers by their names in PyTorch.
+
+    Args:
+      writer: see `open_writer`.
+      step: number of steps done.
+      params: of the model; shown are the scales of its normalisations.
+      gradient_norms: "layer_gradient_norms" of `train_step`, with one more axis, the first,
+        for the steps over which the histograms are; in any number of parts.
+    """
+    scales = {p: v for p, v in flatten_dict(unstack_blocks(params)).items() if p[-1] == "scale"}
+    norms = {}
+    if gradient_norms:  # else all steps were done by an earlier start of the run
+        # Steps last: unstack_blocks takes the first axis for that of the blocks.
+        norms = jax.tree.map(lambda *parts: np.concatenate(parts).T, *gradient_norms)
+        norms = flatten_dict(unstack_blocks(norms))
+    _write(
+        writer,
+        step,
+        [
+            {"tag": f"{kind}/{_layer(path)}", "histo": _histogram(np.asarray(values))}
+            for kind, layers in (("scale", jax.device_get(scales)), ("gradient", norms))
+            for path, values in layers.items()
+        ],
+    )
+
+
+def write_images(writer: EventFileWriter, tag: str, images: np.ndarray) -> None:
+    """Shows images, uint8 [N, H, W, C] with C of 1 or 3, as one that has them side by side."""
+    count, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    gap = _PIXELS_BETWEEN_IMAGES
+    grid = np.zeros(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), np.uint8
+    )
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    png = io.BytesIO()
+    Image.fromarray(grid.squeeze(-1) if channels == 1 else grid).save(png, "png")
+    picture = {
+        "height": grid.shape[0],
+        "width": grid.shape[1],
+        "colorspace": channels,
+        "encoded_image_string": png.getvalue(),
+    }
+    _write(writer, 0, [{"tag": tag, "image": picture}])
+
+
+def _layer(path: tuple[str, ...]) -> str:
+    return torch_name(("params", *path)).removesuffix(".weight")
+
+
+def _histogram(values: np.ndarray) -> dict[str, Any]:
+    counts, edges = np.histogram(values, bins=30)
+    return {
+        "min": values.min(),
+        "max": values.max(),
+        "num": values.size,
+        "sum": values.sum(dtype=np.float64),
+        "sum_squares": np.square(values, dtype=np.float64).sum(),
+        "bucket_limit": edges[1:],
+        "bucket": counts,
+    }
+
+
+def _write(writer: EventFileWriter, step: int, values: list[dict[str, Any]]) -> None:
+    writer.add_event(_event(step, summary={"value": values}))
+    writer.flush()
+
+
+def _event(step: int, **what: Any) -> Any:
+    # Its types are made at run time.
+    return event_pb2.Event(wall_time=time.time(), step=step, **what)  # pyright: ignore[reportAttributeAccessIssue]
