@@ -2,8 +2,10 @@
 
     python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
 
-Every key of the config can be set, e.g. --config.batch_size=256. Exits with 2 and one
-line on standard error where the input cannot be used.
+Every key of the config can be set, e.g. --config.batch_size=256; what they are and mean
+stands in flax_resnet/training/config.py. Ctrl-C stops a run after the step at hand, and the
+same command with its --workdir goes on. Exits with 2 and one line on standard error where
+the input cannot be used.
 
 On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
@@ -27,6 +29,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a fresh one in runs/, named after the recipe, if not set."
 )
+_QUIET = flags.DEFINE_bool("quiet", False, "Say nothing of progress on standard error.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of the first of several processes, for all to meet."
 )
@@ -37,6 +40,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
+    from flax_resnet.progress import quietly
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
@@ -50,8 +54,9 @@ def main(arguments: list[str]) -> None:
         processes = connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if processes > 1 and _WORKDIR.value is None:
             fail("several processes need a --workdir that all of them see")
-        train(_CONFIG.value, workdir)
-        report_after_training(workdir)
+        with quietly(_QUIET.value):
+            train(_CONFIG.value, workdir)
+            report_after_training(workdir)
     except InputError as error:
         fail(error)
     except FloatingPointError as error:

@@ -4,16 +4,14 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import logging
-from tqdm import tqdm
 
 from flax_resnet.errors import InputError
+from flax_resnet.progress import quietly
 from flax_resnet.training.compilation import keep_compiled_programs
-
-T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +46,8 @@ def run_program(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        code = main(options)
+        with quietly(options.quiet):
+            code = main(options)
         sys.stdout.flush()
     except InputError as error:
         parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
@@ -58,13 +57,6 @@ def run_program(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)
-
-
-def progress(items: Iterable[T], total: int, what: str, *, quiet: bool) -> Iterable[T]:
-    """The items, with a bar on a terminal and one line on any other standard error."""
-    if not quiet and not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-    return tqdm(items, what, total, disable=quiet or None, leave=False, dynamic_ncols=True)
 
 
 def printable(text: str) -> str:

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax, softmax
 
-from flax_resnet.cli import Parser, printable, progress, run_program
+from flax_resnet.cli import Parser, printable, run_program
 from flax_resnet.data import Dataset, EvalBatches, Source, stream
 from flax_resnet.errors import InputError
+from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
 
 # A split that takes more bytes is streamed, where its files allow that.
@@ -95,16 +96,13 @@ def open_test_set(run: Run, data_dir: str | None = None) -> Dataset | Source:
     return data
 
 
-def evaluate(
-    run: Run, data: Dataset | Source, *, flip: bool = False, quiet: bool = False
-) -> Evaluation:
+def evaluate(run: Run, data: Dataset | Source, *, flip: bool = False) -> Evaluation:
     """Classifies every example of a split once.
 
     Args:
       run: its model, variables and `eval_batch_size` are used.
       data: see `open_test_set`.
       flip: see `make_classifier`.
-      quiet: show no progress on standard error.
 
     Raises:
       InputError: if the examples cannot be read.
@@ -113,7 +111,7 @@ def evaluate(
     classify = make_classifier(run, size, flip=flip)
     what = f"evaluating {len(data)} images"
     with contextlib.closing(_batches(data, size, run.config.stream_workers)) as batches:
-        shown = progress(batches, -(-len(data) // size), what, quiet=quiet)
+        shown = bar(batches, -(-len(data) // size), what, unit=" batches")
         pairs = [(classify(images), labels) for images, labels in shown]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
     return Evaluation(logits, labels)
@@ -192,7 +190,7 @@ def _parser() -> Parser:
 def _main(options: argparse.Namespace) -> int:
     run = load_run(options.workdir, options.checkpoint)
     data = open_test_set(run, options.data_dir)
-    evaluation = evaluate(run, data, flip=options.tta, quiet=options.quiet)
+    evaluation = evaluate(run, data, flip=options.tta)
     summary = {
         "workdir": str(run.workdir),
         "checkpoint": run.step,

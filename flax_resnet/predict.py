@@ -27,8 +27,9 @@ from PIL import Image, ImageOps
 from scipy.special import softmax
 from tqdm import tqdm
 
-from flax_resnet.cli import Parser, one_line, printable, progress, run_program
+from flax_resnet.cli import Parser, one_line, printable, run_program
 from flax_resnet.errors import InputError
+from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
 
 _BATCH_SIZE = 64
@@ -123,7 +124,7 @@ def _main(options: argparse.Namespace) -> int:
 
     def skip(name: str, error: InputError) -> None:
         failed.append(name)
-        tqdm.write(f"{printable(name)}: {error}", file=sys.stderr)
+        warn(f"{printable(name)}: {error}")
 
     paths: list[str] = []
     for given in options.images:
@@ -132,10 +133,10 @@ def _main(options: argparse.Namespace) -> int:
         except InputError as error:
             skip(given, error)
 
-    quiet = options.quiet or len(paths) < 2
-
     def read() -> Iterator[tuple[str, np.ndarray]]:
-        for path in progress(paths, len(paths), f"reading {len(paths)} pictures", quiet=quiet):
+        count = len(paths)
+        shown = bar(paths, count, f"reading {count} pictures") if count > 1 else paths
+        for path in shown:
             try:
                 source = BytesIO(sys.stdin.buffer.read()) if path == "-" else path
                 yield path, read_image(source, run.image_shape)

@@ -37,10 +37,10 @@ from flax_resnet.cli import Parser, one_line, run_program
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
 from flax_resnet.evaluate import Evaluation, evaluate, open_test_set, summarize
+from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, load_run
 from flax_resnet.training import check_config, hosts
 from flax_resnet.training import workdir as files
-from flax_resnet.training.progress import say
 
 _BINS = 15
 _MISTAKES = 12
@@ -87,7 +87,6 @@ def write_report(
     output: str | Path | None = None,
     *,
     data_dir: str | None = None,
-    quiet: bool = False,
 ) -> Path:
     """Writes the report of one run or several, and evaluates each once for it.
 
@@ -97,7 +96,6 @@ def write_report(
       workdirs: folders of the runs.
       output: the file; report.html in the first of the folders by default.
       data_dir: folder of TFDS, if it is not where the runs found it.
-      quiet: show no progress on standard error.
 
     Returns:
       The file.
@@ -127,7 +125,7 @@ def write_report(
             bins=_BINS,
             charts=_curves(runs),
             runs=[
-                {"name": name, "color": i % len(_COLORS)} | _describe(run, data_dir, quiet)
+                {"name": name, "color": i % len(_COLORS)} | _describe(run, data_dir)
                 for i, (name, run) in enumerate(zip(names, runs, strict=True))
             ],
         )
@@ -146,9 +144,9 @@ def report_after_training(workdir: str | Path) -> None:
             return
         say(f"writing {Path(workdir) / 'report.html'}")
         try:
-            write_report([workdir], quiet=True)
+            write_report([workdir])
         except Exception as error:  # whatever it is, the run is done and on disk
-            say(f"there is no report: {one_line(error)}")
+            warn(f"there is no report: {one_line(error)}")
 
     hosts.first_host_first("report", write)
 
@@ -156,7 +154,7 @@ def report_after_training(workdir: str | Path) -> None:
 # What the page shows of a run.
 
 
-def _describe(run: Run, data_dir: str | None, quiet: bool) -> dict[str, Any]:
+def _describe(run: Run, data_dir: str | None) -> dict[str, Any]:
     defaults = check_config({})
     config = [
         (key, str(value), value != getattr(defaults, key))
@@ -170,7 +168,7 @@ def _describe(run: Run, data_dir: str | None, quiet: bool) -> dict[str, Any]:
     }
     try:
         data = open_test_set(run, data_dir)
-        evaluation = evaluate(run, data, quiet=quiet)
+        evaluation = evaluate(run, data)
     except InputError as error:
         return described | {"problem": str(error), "facts": _facts(run)}
     summary = summarize(run, evaluation)
@@ -452,9 +450,7 @@ def _parser() -> Parser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    path = write_report(
-        options.workdirs, options.output, data_dir=options.data_dir, quiet=options.quiet
-    )
+    path = write_report(options.workdirs, options.output, data_dir=options.data_dir)
     print(path)
     return 0
 

@@ -100,7 +100,7 @@ def evaluation(run):
     """What it says of its test split."""
     from flax_resnet.evaluate import evaluate, open_test_set
 
-    return evaluate(run, open_test_set(run), quiet=True)
+    return evaluate(run, open_test_set(run))
 
 
 @pytest.fixture

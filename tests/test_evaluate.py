@@ -55,7 +55,7 @@ def test_split_from_disk_gives_the_same(run, evaluation, monkeypatch):
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, stream_workers=0))
     data = open_test_set(run)
     assert isinstance(data, Source)
-    streamed = evaluate(run, data, quiet=True)
+    streamed = evaluate(run, data)
     np.testing.assert_array_equal(streamed.logits, evaluation.logits)
     np.testing.assert_array_equal(streamed.labels, evaluation.labels)
 

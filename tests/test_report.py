@@ -59,7 +59,7 @@ def assert_stands_alone(page):
 
 
 def test_page_has_all_and_stands_alone(finished, run, evaluation, tmp_path):
-    path = report.write_report([finished[0]], tmp_path / "one.html", quiet=True)
+    path = report.write_report([finished[0]], tmp_path / "one.html")
     page = read(path)
     assert_stands_alone(page)
     for heading in ("Curves", "Confusion", "Classes", "Calibration", "First layer", "Config"):
@@ -79,7 +79,7 @@ def test_page_has_all_and_stands_alone(finished, run, evaluation, tmp_path):
 
 def test_runs_in_one_another(finished, run_copy, tmp_path):
     other = run_copy.rename(tmp_path / HOSTILE.replace("/", "|"))
-    path = report.write_report([finished[0], other], quiet=True)
+    path = report.write_report([finished[0], other])
     assert path == finished[0] / "report.html"
     page = read(path)
     path.unlink()
@@ -101,7 +101,7 @@ def test_hostile_names_are_text(run_copy, monkeypatch):
     config = json.loads((run_copy / "config.json").read_text())
     config["train_split"] = HOSTILE
     (run_copy / "config.json").write_text(json.dumps(config))
-    page = read(report.write_report([run_copy], quiet=True))
+    page = read(report.write_report([run_copy]))
     assert_stands_alone(page)
     assert page.text.count(HOSTILE) >= 4  # two in the confusion matrix, a class, the config
     assert "<script" not in page.html
@@ -159,7 +159,7 @@ def test_without_data_the_rest_is_shown(run_copy, monkeypatch):
         raise fr.InputError("no data and no network")
 
     monkeypatch.setattr(report, "open_test_set", no_data)
-    page = read(report.write_report([run_copy], quiet=True))
+    page = read(report.write_report([run_copy]))
     assert_stands_alone(page)
     assert "There is none: no data and no network" in page.text
     assert {"Curves", "First layer"} <= set(page.text)
@@ -168,7 +168,7 @@ def test_without_data_the_rest_is_shown(run_copy, monkeypatch):
 
 def test_run_without_an_epoch(run_copy):
     (run_copy / "metrics.jsonl").unlink()
-    page = read(report.write_report([run_copy], quiet=True))
+    page = read(report.write_report([run_copy]))
     assert "No epoch is done yet." in page.text
 
 

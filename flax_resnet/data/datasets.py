@@ -5,7 +5,6 @@ import hashlib
 import io
 import logging
 import struct
-import sys
 import tempfile
 import threading
 import urllib.error
@@ -23,10 +22,10 @@ import platformdirs
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.registered import DatasetNotFoundError
-from tqdm import tqdm
 
 from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
 from flax_resnet.errors import InputError, short_reason
+from flax_resnet.progress import bar, say, shows_bars
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +260,8 @@ def _prepare(builder: _Builder) -> None:
             f"no data and no network: {name} is not in {folder}; name a folder that has it with "
             "--config.data_dir=DIR"
         )
-    if not sys.stderr.isatty():
+    say(f"preparing {name} in {folder} ...")
+    if not shows_bars():
         tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes to
@@ -362,14 +362,8 @@ def _write_cache(path: Path, fingerprint: str, images: np.ndarray, labels: np.nd
 def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a split in the order of its files, as `tfds.data_source` does."""
     count = builder.info.splits[split].num_examples
-    examples = tqdm(
-        _examples(builder, split),
-        f"decoding {builder.name} {split}",
-        count,
-        unit=" images",
-        disable=None,
-        leave=False,
-    )
+    what = f"decoding {builder.name} {split}"
+    examples = bar(_examples(builder, split), count, what, unit=" images")
     images, labels = [], []
     try:
         for image, label in examples:

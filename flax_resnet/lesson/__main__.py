@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_resnet.cli import Parser, progress, run_program
+from flax_resnet.cli import Parser, run_program
 from flax_resnet.data import channel_statistics, load_dataset, normalize
 from flax_resnet.errors import InputError
 from flax_resnet.lesson import figures, measure
 from flax_resnet.models import lab10_resnet50
+from flax_resnet.progress import bar, say, shows_bars
 
 _DESCRIPTION = """\
 Measures on real images what the lesson on skip connections explains, and draws it.
@@ -117,14 +117,8 @@ def main(options: argparse.Namespace) -> int:
             continue
         write_json(options.output / f"{part}.json", numbers)
         getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
-        say(options, f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
+        say(f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
     return 0
-
-
-def say(options: argparse.Namespace, line: str) -> None:
-    """Writes a line of progress on standard error."""
-    if not options.quiet:
-        tqdm.write(line, file=sys.stderr)
 
 
 def load_images(options: argparse.Namespace) -> Images:
@@ -134,7 +128,7 @@ def load_images(options: argparse.Namespace) -> Images:
         folder = options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         dataset = "cifar10" if (Path(folder).expanduser() / "cifar10").exists() else "digits"
         if dataset == "digits":
-            say(options, f"there is no cifar10 in {folder}: this is with digits")
+            say(f"there is no cifar10 in {folder}: this is with digits")
     data = load_dataset(dataset, "train", options.data_dir)
     if options.batch_size > len(data):
         raise InputError(f"--batch-size {options.batch_size}: {dataset} has {len(data)} images")
@@ -158,7 +152,7 @@ def measure_identity(options: argparse.Namespace, images: Images) -> dict[str, A
     }
     batch = images.normalised[:64]
     numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist(), "nets": {}}
-    for name, model in progress(nets.items(), len(nets), "identity", quiet=options.quiet):
+    for name, model in bar(nets.items(), len(nets), "identity"):
         variables = measure.initial_variables(model, options.seed, batch.shape[1:])
         maps = measure.stage_maps(model, variables, batch)
         changes = measure.block_changes(maps)
@@ -186,13 +180,12 @@ def measure_gradients(options: argparse.Namespace, images: Images) -> dict[str, 
     }
     nets = [(kind, depth) for depth in measure.DEPTHS for kind in measure.KINDS]
     total = options.steps * sum(depth for _, depth in nets)
-    bar = tqdm(total=total, unit=" layers", disable=options.quiet or None, dynamic_ncols=True)
-    with bar:
+    with tqdm(total=total, unit=" layers", disable=not shows_bars(), dynamic_ncols=True) as shown:
         for kind, depth in nets:
             name = f"{kind}-{depth}"
-            bar.set_description(f"gradients: {name}")
-            if bar.disable:
-                say(options, f"gradients: {name} ...")
+            shown.set_description(f"gradients: {name}")
+            if shown.disable:
+                say(f"gradients: {name} ...")
             model = measure.net(kind, depth)
             variables = measure.initial_variables(model, options.seed, images.raw.shape[1:])
             measured = []
@@ -206,7 +199,7 @@ def measure_gradients(options: argparse.Namespace, images: Images) -> dict[str, 
                 seed=options.seed,
             ):
                 measured.append(step)
-                bar.update(depth)
+                shown.update(depth)
             start, end = measured[0], measured[-1]
             numbers["nets"][name] = {
                 "loss": rounded([step.loss for step in measured]),
@@ -234,7 +227,7 @@ def measure_fields(options: argparse.Namespace, images: Images) -> dict[str, Any
     shape = images.raw.shape[1:]
     numbers = describe(options, images) | {"image": images.raw[_SHOWN].tolist()}
     nets = {"cifar_resnet20": measure.net("residual", 20), "lab10_resnet50": lab10_resnet50()}
-    for name, model in progress(nets.items(), len(nets), "fields", quiet=options.quiet):
+    for name, model in bar(nets.items(), len(nets), "fields"):
         stages = measure.stages(model, shape)
         numbers[name] = [stage._asdict() for stage in stages]
         for stage in stages:

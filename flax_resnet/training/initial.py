@@ -16,9 +16,9 @@ from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
 from flax_resnet.models.weights import fit_weights
+from flax_resnet.progress import say
 from flax_resnet.training.checkpoint import choose_checkpoint, read_variables, steps_in
 from flax_resnet.training.config import Config
-from flax_resnet.training.progress import say
 from flax_resnet.training.steps import TrainState
 
 # Of a model, by their paths.

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
 from flax_resnet.models import VGG, ResNet, native, stack_blocks, unstack_blocks
+from flax_resnet.progress import say, warn
 from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
@@ -28,7 +29,7 @@ from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
 from flax_resnet.training.initial import Weights, fit_initial, read_initial, start_from
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
-from flax_resnet.training.progress import Progress, say
+from flax_resnet.training.progress import Progress
 from flax_resnet.training.signals import Signals
 from flax_resnet.training.steps import Metrics, TrainState, create_state
 
@@ -149,7 +150,7 @@ def _claim(run: _Run, stack: contextlib.ExitStack) -> None:
     files.check_workdir(run.workdir, run.config)  # another run may have begun since
     files.write_description(run.workdir, run.config, run.data.train, run.data.statistics)
     for line in set_damaged_aside(run.workdir):
-        say(line)
+        warn(line)
 
 
 def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
@@ -168,7 +169,7 @@ def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
                 good = "there is no checkpoint before it"
             if run.config.on_nan == "stop" or history.rollbacks == _MAX_ROLLBACKS:
                 raise FloatingPointError(f"{error}; {good}") from error
-            say(f"{error}; {good}: going back, and on with other batches")
+            warn(f"{error}; {good}: going back, and on with other batches")
             rollbacks = history.rollbacks + 1
 
 
@@ -212,6 +213,7 @@ def _train_on(
         if done_epochs == run.num_epochs:
             return state
 
+        say("compiling ...")
         started = time.perf_counter()
         if run.scans_blocks:
             state = stack_blocks(state)
@@ -310,7 +312,7 @@ def _run_epoch(
         if history.losses:  # else nothing is new since the last checkpoint
             _save(run, checkpoints, state, history)
         checkpoints.finish()
-        say(
+        warn(
             f"{signals.name}: stopped after step {step}; "
             f"the same command with --workdir={run.workdir} goes on from there"
         )
@@ -334,6 +336,7 @@ def _run_epoch(
             settle()
             _save(run, checkpoints, state, history)
     settle()
+    progress.evaluate()
     test = feed.evaluate(state, signals.ask)
     if test is None:
         stop()

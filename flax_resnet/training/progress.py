@@ -1,19 +1,13 @@
-"""What a run says on standard error while it works."""
+"""How far a run is, on standard error."""
 
-import sys
 import time
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
+from flax_resnet.progress import say, shows_bars
+
 _SECONDS_BETWEEN_LINES = 60.0
-
-
-def say(line: str) -> None:
-    """Writes a line on standard error, above the bar if there is one; on the first host."""
-    if jax.process_index() == 0:
-        tqdm.write(line, file=sys.stderr)
 
 
 class Progress:
@@ -30,14 +24,13 @@ class Progress:
         self._total, self._first, self._done = total_images, done_images, done_images
         self._epoch, self._steps, self._sums = 0, 0, np.zeros(2)
         self._started = self._spoke = time.monotonic()
-        self._plain = not sys.stderr.isatty()
         self._bar = tqdm(
             total=total_images,
             initial=done_images,
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=self._plain or jax.process_index() > 0,
+            disable=not shows_bars(),
         )
 
     def __enter__(self) -> "Progress":
@@ -54,7 +47,7 @@ class Progress:
         self._steps += len(losses)
         self._sums += [losses.sum(), accuracies.sum()]
         loss, accuracy = self._sums / self._steps
-        if not self._plain:
+        if not self._bar.disable:
             self._bar.set_description(f"epoch {epoch}/{self._num_epochs}", refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
             self._bar.update(images)
@@ -64,6 +57,10 @@ class Progress:
                 f"{self._rate():.0f} images/s  {self.time_left()} left"
             )
             self._spoke = time.monotonic()
+
+    def evaluate(self) -> None:
+        """Shows that the epoch's training is done and its evaluation at work."""
+        self._bar.set_description(f"epoch {self._epoch}/{self._num_epochs}, evaluating")
 
     def time_left(self) -> str:
         """What the rest of the run takes at the speed of this start so far, like 01:23."""

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from flax_resnet.progress import bar, quietly, say, warn
 from flax_resnet.training import progress
 
 
@@ -18,7 +19,7 @@ def run(images=10):
     with progress.Progress(3, 300, 100) as shown:
         for _ in range(images):
             shown.step(2, 10, np.array([0.4, 0.6]), np.array([0.5, 0.0]))
-        progress.say("a line")
+        say("a line")
         return shown.time_left()
 
 
@@ -54,3 +55,16 @@ def test_only_a_terminal_gets_a_bar(monkeypatch, terminal):
         for part in ("epoch 2/3", "loss 0.5000, accuracy 25.00%", "images/s"):
             assert part in written
     assert "a line\n" in written
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_quiet_keeps_warnings(monkeypatch, terminal):
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with quietly():
+        run()
+        assert list(bar("abc", 3, "reading")) == ["a", "b", "c"]
+        assert stderr.getvalue() == ""
+        warn("a warning")
+    say("another line")
+    assert stderr.getvalue() == "a warning\nanother line\n"
