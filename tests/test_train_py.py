@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -118,9 +119,12 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path):
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert "cifar_resnet8 on 1 x cpu" in lines[0]
-    assert lines[-2].startswith("epoch 1/1  train loss ")
-    assert lines[-1] == f"writing {workdir}/report.html"
-    assert len(lines) == 4  # and the time that compiling took
+    assert lines[1] == "compiling ..."
+    assert re.fullmatch(r"compiled in \d+\.\d s", lines[2])
+    assert lines[3].startswith("epoch 1/1  train loss ")
+    assert lines[4] == f"writing {workdir}/report.html"
+    assert re.fullmatch(r"evaluating \d+ images \.\.\.", lines[5])
+    assert len(lines) == 6
     assert "</html>" in (workdir / "report.html").read_text()
     metrics = (workdir / "metrics.jsonl").read_text()
     assert json.loads(metrics)["step"] == 2

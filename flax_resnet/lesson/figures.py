@@ -173,24 +173,28 @@ def _square(
 
 
 def draw_curves(numbers: dict[str, Any], path: Path) -> None:
-    """Training loss and test error by epoch, 20 and 56 layers, plain and residual."""
+    """Training loss, training and test error by epoch, 20 and 56 layers, plain and residual."""
     with matplotlib.rc_context(_RC):
-        figure = _figure(5.2)
-        grid = figure.subplots(2, 2, sharex=True, sharey="row")
+        figure = _figure(6.8)
+        grid = figure.subplots(3, 2, sharex=True, sharey="row")
         for column, (kind, of_model) in enumerate({"plain": "plain", "residual": "resnet"}.items()):
             for depth in (20, 56):
                 records = numbers[f"cifar_{of_model}{depth}"]
                 epochs = [record["epoch"] for record in records]
                 marker = "." if len(epochs) < 40 else None
                 style = _STYLES[depth] | {"marker": marker, "label": str(depth)}
-                grid[0, column].plot(epochs, [r["train_loss"] for r in records], **style)
-                error = [100 * (1 - r["test_accuracy"]) for r in records]
-                grid[1, column].plot(epochs, error, **style)
+                loss, *errors = grid[:, column]
+                loss.plot(epochs, [r["train_loss"] for r in records], **style)
+                for axes, split in zip(errors, ("train", "test"), strict=True):
+                    axes.plot(
+                        epochs, [100 * (1 - r[f"{split}_accuracy"]) for r in records], **style
+                    )
             grid[0, column].set_title(kind)
-            grid[1, column].set_xlabel("epoch")
+            grid[2, column].set_xlabel("epoch")
         for axes in grid.flat:
             axes.grid(alpha=0.3)
-        grid[0, 0].set_ylabel("training loss")
-        grid[1, 0].set_ylabel("test error (%)")
+        labels = ("training loss", "training error (%)", "test error (%)")
+        for axes, label in zip(grid[:, 0], labels, strict=True):
+            axes.set_ylabel(label)
         grid[0, 1].legend(title="layers", frameon=False)
         _save(figure, path)

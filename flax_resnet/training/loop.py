@@ -291,14 +291,17 @@ def _run_epoch(
         metrics = jax.device_get(running.pop(0))
         if metrics["loss"].ndim == 0:
             metrics = jax.tree.map(lambda value: value[np.newaxis], metrics)
-        loss, accuracy = metrics["loss"], metrics["accuracy"]
-        finite = np.isfinite(loss)
+        loss, accuracy, norm = (metrics[n] for n in ("loss", "accuracy", "gradient_norm"))
+        finite = np.isfinite(loss + norm)
         if not finite.all():
             at = int(finite.argmin())
-            raise _not_finite(run, f"loss is {loss[at]}", first + len(history.losses) + at)
+            what = f"gradient norm is {norm[at]}"
+            if not np.isfinite(loss[at]):
+                what = f"loss is {loss[at]}"
+            raise _not_finite(run, what, first + len(history.losses) + at)
         history.losses.extend(loss.tolist())
         history.accuracies.extend(accuracy.tolist())
-        history.gradient_norms.extend(metrics["gradient_norm"].tolist())
+        history.gradient_norms.extend(norm.tolist())
         layer_norms.append(metrics["layer_gradient_norms"])
         progress.step(epoch + 1, len(loss) * run.config.batch_size, loss, accuracy)
 

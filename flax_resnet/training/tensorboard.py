@@ -99,13 +99,14 @@ def _layer(path: tuple[str, ...]) -> str:
 
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
+    values = values.astype(np.float64)  # in which even neighbours have 30 bins between them
     counts, edges = np.histogram(values, bins=30)
     return {
         "min": values.min(),
         "max": values.max(),
         "num": values.size,
-        "sum": values.sum(dtype=np.float64),
-        "sum_squares": np.square(values, dtype=np.float64).sum(),
+        "sum": values.sum(),
+        "sum_squares": np.square(values).sum(),
         "bucket_limit": edges[1:],
         "bucket": counts,
     }

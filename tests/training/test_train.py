@@ -15,7 +15,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import flax_resnet as fr
 from flax_resnet.data import Source
-from flax_resnet.training import check_config, checkpoint, feeds, loop, programs, workdir
+from flax_resnet.training import (
+    check_config,
+    checkpoint,
+    feeds,
+    loop,
+    programs,
+    tensorboard,
+    workdir,
+)
 from tests.data.test_datasets import as_tfrecord
 
 TIMING = ("seconds", "images_per_second")
@@ -346,6 +354,20 @@ def test_sizes_that_do_not_fit(config, tmp_path):
 
 
 def test_infinite_loss_stops_the_run(config, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) after step \d+"):
+    with pytest.raises(
+        FloatingPointError, match=r"the (loss|gradient norm) is (nan|inf) after step \d+"
+    ):
         fr.train(changed(config, learning_rate=1e30, warmup_epochs=0.0), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0, np.nextafter(np.float32(1), 2)], [1e-45, 3e38]])
+def test_histogram_of_any_numbers(tmp_path, values):
+    values = np.array(values, np.float32)
+    writer = tensorboard.open_writer(tmp_path, [])
+    tensorboard.write_histograms(writer, 3, {"bn1": {"scale": values}}, [])
+    writer.close()
+    (event,) = read_events(tmp_path).Histograms("scale/bn1")
+    shown = event.histogram_value
+    assert (event.step, shown.num, sum(shown.bucket)) == (3, len(values), len(values))
+    assert (shown.min, shown.max) == (values.min(), values.max())
