@@ -108,7 +108,9 @@ def describe(error: Exception) -> str:
 
 def fail(error: object, code: int = 2) -> NoReturn:
     """Ends the program with one line on standard error."""
-    print("train.py:", " ".join(str(error).split()), file=sys.stderr)
+    from flax_resnet.errors import one_line
+
+    print("train.py:", one_line(error), file=sys.stderr)
     sys.exit(code)
 
 

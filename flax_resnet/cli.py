@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, one_line
 from flax_resnet.progress import quietly
 from flax_resnet.training.compilation import keep_compiled_programs
 
@@ -57,13 +57,3 @@ def run_program(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)
-
-
-def printable(text: str) -> str:
-    """The text on one line, with control characters as escapes: a terminal obeys them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says."""
-    return printable(" ".join(str(error).split()))

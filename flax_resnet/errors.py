@@ -1,13 +1,23 @@
-"""The one exception that means: the user's input cannot be used; and what others say, short."""
+"""InputError, and what any exception says in one line."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message is one line that says what to do.
+    """The user's input cannot be used; the message is one line that says what to do.
 
     `train.py` prints it on standard error and exits with code 2.
     """
 
 
+def printable(text: str) -> str:
+    """The text on one line, with control characters as escapes: a terminal obeys them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(error: object) -> str:
+    """What an exception says, or its name if it says nothing."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
+
+
 def short_reason(error: object) -> str:
-    """The beginning of what an exception says, in one line."""
-    return " ".join(str(error).split())[:200]
+    """The beginning of `one_line`."""
+    return one_line(error)[:200]

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax, softmax
 
-from flax_resnet.cli import Parser, printable, run_program
+from flax_resnet.cli import Parser, run_program
 from flax_resnet.data import Dataset, EvalBatches, Source, stream
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
 

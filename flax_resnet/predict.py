@@ -27,8 +27,8 @@ from PIL import Image, ImageOps
 from scipy.special import softmax
 from tqdm import tqdm
 
-from flax_resnet.cli import Parser, one_line, printable, run_program
-from flax_resnet.errors import InputError
+from flax_resnet.cli import Parser, run_program
+from flax_resnet.errors import InputError, one_line, printable
 from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
 
@@ -81,7 +81,7 @@ def _reason(error: Exception) -> str:
         return "not a picture that Pillow reads"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return one_line(error) or type(error).__name__
+    return one_line(error)
 
 
 def find_images(path: Path) -> list[Path]:

@@ -2,13 +2,17 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 60.0
 
 _quiet = False
 
@@ -26,8 +30,13 @@ def quietly(quiet: bool = True) -> Iterator[None]:
 
 def warn(line: str) -> None:
     """Writes a line, above the bar if there is one; on the first host."""
-    if jax.process_index() == 0:
+    if _is_first_host():
         tqdm.write(line, file=sys.stderr)
+
+
+def _is_first_host() -> bool:
+    # To ask JAX for the process alone would start its devices.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def say(line: str) -> None:
@@ -38,7 +47,7 @@ def say(line: str) -> None:
 
 def shows_bars() -> bool:
     """Whether bars are drawn: by the first host, on a terminal."""
-    return not _quiet and sys.stderr.isatty() and jax.process_index() == 0
+    return not _quiet and sys.stderr.isatty() and _is_first_host()
 
 
 def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable[T]:
@@ -47,3 +56,66 @@ def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable
         return tqdm(items, what, total, unit=unit, leave=False, dynamic_ncols=True)
     say(f"{what} ...")
     return items
+
+
+class Progress:
+    """A bar over all images of a run on a terminal; elsewhere plain lines, one a minute.
+
+    Args:
+      num_epochs: epochs of the run.
+      total_images: training images of all epochs together.
+      done_images: those that an earlier start of the run went through.
+    """
+
+    def __init__(self, num_epochs: int, total_images: int, done_images: int):
+        self._num_epochs = num_epochs
+        self._total, self._first, self._done = total_images, done_images, done_images
+        self._epoch, self._steps, self._sums = 0, 0, np.zeros(2)
+        self._started = self._spoke = time.monotonic()
+        self._bar = tqdm(
+            total=total_images,
+            initial=done_images,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not shows_bars(),
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def step(self, epoch: int, images: int, losses: np.ndarray, accuracies: np.ndarray) -> None:
+        """Counts the images of a few steps, and shows the means over the epoch so far."""
+        self._done += images
+        if epoch != self._epoch:
+            self._epoch, self._steps, self._sums = epoch, 0, np.zeros(2)
+        self._steps += len(losses)
+        self._sums += [losses.sum(), accuracies.sum()]
+        loss, accuracy = self._sums / self._steps
+        if not self._bar.disable:
+            self._bar.set_description(f"epoch {epoch}/{self._num_epochs}", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            self._bar.update(images)
+        elif time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            say(
+                f"epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  "
+                f"{self._rate():.0f} images/s  {self.time_left()} left"
+            )
+            self._spoke = time.monotonic()
+
+    @contextlib.contextmanager
+    def evaluating(self, epoch: int) -> Iterator[None]:
+        """Shows that the epoch's training is done and its evaluation at work."""
+        self._bar.set_description(f"epoch {epoch}/{self._num_epochs}, evaluating")
+        yield
+        self._bar.set_description(f"epoch {epoch}/{self._num_epochs}")
+
+    def time_left(self) -> str:
+        """What the rest of the run takes at the speed of this start so far, like 01:23."""
+        return tqdm.format_interval((self._total - self._done) / max(self._rate(), 1e-9))
+
+    def _rate(self) -> float:
+        return (self._done - self._first) / (time.monotonic() - self._started)

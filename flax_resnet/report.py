@@ -33,9 +33,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-from flax_resnet.cli import Parser, one_line, run_program
+from flax_resnet.cli import Parser, run_program
 from flax_resnet.data import Dataset, Source
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, one_line
 from flax_resnet.evaluate import Evaluation, evaluate, open_test_set, summarize
 from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, load_run

@@ -31,7 +31,8 @@ def command_line():
     script = textwrap.dedent("""
         import json, os, runpy, sys, tempfile, warnings
 
-        import flax_resnet
+        import flax_resnet.report
+        from ml_collections import config_flags
 
         warnings.simplefilter("ignore")  # of JAX, for forks: the child has no thread to wait for
         for line in sys.stdin:
@@ -67,7 +68,12 @@ def command_line():
 
 
 @given(OVERRIDES, st.lists(OTHERS, max_size=1))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 def test_malformed_command_line(command_line, overrides, others):
     # No such data set: what else is sound ends there.
     arguments = ["--config=configs/digits_resnet8.py", *overrides, *others]

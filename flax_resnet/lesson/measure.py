@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from flax_resnet.models import ResNet, cifar_resnet20, cifar_resnet56, cifar_resnet110, summary
 from flax_resnet.models.resnet import BatchNorm
 from flax_resnet.training import TrainState, train_step
+from flax_resnet.training.steps import split_layers
 
 DEPTHS = {20: cifar_resnet20, 56: cifar_resnet56, 110: cifar_resnet110}
 KINDS = {"plain": "none", "residual": "identity"}  # the field `shortcut` of each
@@ -92,39 +94,6 @@ def block_changes(maps: Sequence[tuple[str, jax.Array]]) -> list[BlockChange]:
 # Gradients by layer.
 
 
-class KernelNorms(NamedTuple):
-    """State of `note_kernel_norms`: by the name of the layer, float32 [] each.
-
-    Attributes:
-      kernels: norm of every kernel.
-      gradients: norm of the last gradient by it.
-    """
-
-    kernels: dict[str, jax.Array]
-    gradients: dict[str, jax.Array]
-
-
-def note_kernel_norms() -> optax.GradientTransformation:
-    """An optimizer's part that changes nothing and keeps the norms of what it sees."""
-
-    def norms(tree):
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        paths = {tuple(k.key for k in path): x for path, x in flat}
-        return {
-            "/".join(path[:-1]): jnp.linalg.norm(x.ravel())
-            for path, x in paths.items()
-            if path[-1] == "kernel"
-        }
-
-    def init(params):
-        return KernelNorms(norms(params), norms(params))
-
-    def update(updates, state, params=None):
-        return updates, KernelNorms(norms(params), norms(updates))
-
-    return optax.GradientTransformation(init, update)
-
-
 class StepMeasure(NamedTuple):
     """One step of training, before the weights move.
 
@@ -164,9 +133,7 @@ def measure_training(
       seed: of the batches.
     """
     layers = [x.name for x in summary(model, *_size(images)).layers if x.multiply_adds]
-    optimizer = optax.chain(
-        note_kernel_norms(), optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9)
-    )
+    optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
     state = TrainState(
         step=jnp.int32(0),
         params=variables["params"],
@@ -176,11 +143,16 @@ def measure_training(
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer))
     rng = np.random.default_rng(seed)
     for _ in range(steps):
+        params: dict[str, Any] = flatten_dict(jax.device_get(state.params), sep="/")
         index = rng.choice(len(labels), batch_size, replace=False)
         state, metrics = step(state, {"image": images[index], "label": jnp.asarray(labels[index])})
-        noted: Any = jax.device_get(state.opt_state)
-        kernels, gradients = ([float(norms[name]) for name in layers] for norms in noted[0])
-        yield StepMeasure(float(metrics["loss"]), kernels, gradients)
+        norms = split_layers(np.asarray(metrics["layer_gradient_norms"])[np.newaxis], state.params)
+        gradients: dict[str, Any] = flatten_dict(norms, sep="/")
+        yield StepMeasure(
+            float(metrics["loss"]),
+            [float(np.linalg.norm(params[f"{name}/kernel"])) for name in layers],
+            [float(gradients[f"{name}/kernel"][0]) for name in layers],
+        )
 
 
 def _size(images: jax.Array) -> tuple[tuple[int, int], int]:

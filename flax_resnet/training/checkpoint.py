@@ -45,8 +45,8 @@ class History:
       records: a line of metrics.jsonl for every epoch that is done.
       losses, accuracies, gradient_norms: of the steps of the epoch that is not done.
       seconds: that these took.
-      rollbacks: how often the loss was not finite and the run went back; each time the
-        examples come in another order, with other augmentation.
+      rollbacks: how often the run went back because loss or gradient was not finite; each
+        time the examples come in another order, with other augmentation.
     """
 
     records: list[Record] = field(default_factory=list)
@@ -177,7 +177,8 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
                 ),
             )
-            names = [f.name for f in dataclasses.fields(History)]
+            # An earlier version may not have noted all of it.
+            names = {f.name for f in dataclasses.fields(History)} & set(restored["run"])
             return restored["state"], History(**{name: restored["run"][name] for name in names})
         except Exception as error:  # Orbax and TensorStore have many, and no base for them
             raise InputError(
@@ -362,9 +363,9 @@ def set_damaged_aside(workdir: Path) -> list[str]:
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, if anything is."""
     try:
-        expected = json.loads((checkpoint / _MANIFEST).read_text())
+        expected = dict(json.loads((checkpoint / _MANIFEST).read_text()))
         actual = dict(_digests(checkpoint))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return short_reason(error)
     for name in sorted({*expected, *actual}):
         if name not in actual:

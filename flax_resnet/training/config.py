@@ -99,8 +99,8 @@ class Config:
     # minutes old. The newest few and the best are kept.
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
-    # When the loss is not finite: "stop", or "rollback", which goes back to the newest
-    # checkpoint and on with other batches.
+    # When the loss or its gradient is not finite: "stop", or "rollback", which goes back to
+    # the newest checkpoint and on with other batches.
     on_nan: str = "stop"
 
 

@@ -100,13 +100,13 @@ def on_first_host(function: Callable[[], None]) -> None:
     """Calls `function` on the first host; the others wait for it, and fail where it fails.
 
     Raises:
-      InputError: as `function` does.
+      InputError, OSError: as `function` does.
     """
     error = None
     if jax.process_index() == 0:
         try:
             function()
-        except InputError as raised:
+        except (InputError, OSError) as raised:
             error = raised
     if of_first_host(error is not None):
         raise error or InputError("the first host cannot go on, and says why")

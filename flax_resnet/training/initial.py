@@ -1,6 +1,5 @@
 """The weights that a run starts from, where these are not random ones."""
 
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import create_model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import to_arrays
@@ -73,8 +72,9 @@ def fit_initial(
                     f"{config.dataset} have {image_shape[2]}"
                 )
     except ValueError as error:
-        problem = textwrap.shorten(str(error), 300, placeholder=" ...")
-        raise InputError(f"init_from={config.init_from} for {config.model}: {problem}") from error
+        raise InputError(
+            f"init_from={config.init_from} for {config.model}: {short_reason(error)}"
+        ) from error
     wanted = model.num_classes
     anew = f", but its {classes} classes are not our {wanted}: the classifier starts anew"
     say(f"starts from the weights of {config.init_from}{'' if classes == wanted else anew}")

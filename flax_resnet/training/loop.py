@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
 from flax_resnet.models import VGG, ResNet, native, stack_blocks, unstack_blocks
-from flax_resnet.progress import say, warn
+from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
 from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
@@ -29,11 +31,10 @@ from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
 from flax_resnet.training.initial import Weights, fit_initial, read_initial, start_from
 from flax_resnet.training.optimizer import learning_rate_schedule, sgd
-from flax_resnet.training.progress import Progress
 from flax_resnet.training.signals import Signals
-from flax_resnet.training.steps import Metrics, TrainState, create_state
+from flax_resnet.training.steps import Metrics, TrainState, create_state, split_layers
 
-# A run whose loss is not finite after so many returns needs another config.
+# A run that diverges again after so many returns needs another config.
 _MAX_ROLLBACKS = 10
 _SECONDS_OF_A_SLOW_CALL = 1.0
 _IMAGES_SHOWN = 64
@@ -59,7 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises:
       InputError: if the config, the data or the folder cannot be used.
-      FloatingPointError: if the loss becomes infinite or not a number.
+      FloatingPointError: if the loss or its gradient becomes infinite or not a number.
       KeyboardInterrupt: after SIGINT.
       SystemExit: with code 143 after SIGTERM.
     """
@@ -235,17 +236,29 @@ def _train_on(
             if writer is not None:
                 files.append_metrics(run.workdir, record)
                 tensorboard.write_scalars(writer, record)
-                tensorboard.write_histograms(writer, record["step"], state.params, norms)
+                _write_histograms(run, writer, state, norms)
             _save(run, checkpoints, state, history)
             say(_summary(record, run.num_epochs, progress.time_left()))
     return unstack_blocks(state)
+
+
+def _write_histograms(
+    run: _Run, writer: EventFileWriter, state: TrainState, norms: list[np.ndarray]
+) -> None:
+    params = flatten_dict(state.params)
+    scales = {path: value for path, value in params.items() if path[-1] == "scale"}
+    scales = unflatten_dict(jax.device_get(scales))
+    gradients = {}
+    if norms:  # else an earlier start of the run did all steps of this epoch
+        gradients = split_layers(np.concatenate(norms), state.params, run.config.freeze)
+    tensorboard.write_histograms(writer, int(state.step), scales, gradients)
 
 
 def _first_inputs(run: _Run, rollbacks: int) -> np.ndarray:
     """The first training images as the model sees them in its first epoch."""
     train, index = run.data.train, np.arange(min(_IMAGES_SHOWN, len(run.data.train)))
     images = train.images[index] if isinstance(train, Dataset) else train.read(index)[0]
-    return np.asarray(programs.make_augment(run.config, rollbacks)(images, index, 0))
+    return np.asarray(jax.jit(programs.make_augment(run.config, rollbacks))(images, index, 0))
 
 
 def _open_feed(
@@ -272,11 +285,11 @@ def _run_epoch(
     history: History,
     progress: Progress,
     signals: Signals,
-) -> tuple[TrainState, list[Any]]:
+) -> tuple[TrainState, list[np.ndarray]]:
     """Trains to the end of an epoch, evaluates, and adds the epoch to the history.
 
     Returns:
-      The state, and layer_gradient_norms of all calls since this start of the run.
+      The state, and layer_gradient_norms [steps, L] of the calls of `feed.advance` for it.
     """
     epoch = len(history.records)
     first = epoch * run.steps_per_epoch
@@ -285,12 +298,12 @@ def _run_epoch(
     started = time.perf_counter() - history.seconds
     seconds_a_call = 0.0
     running: list[Metrics] = []
-    layer_norms: list[Any] = []
+    layer_norms: list[np.ndarray] = []
 
     def fetch() -> None:
         metrics = jax.device_get(running.pop(0))
         if metrics["loss"].ndim == 0:
-            metrics = jax.tree.map(lambda value: value[np.newaxis], metrics)
+            metrics = {name: value[np.newaxis] for name, value in metrics.items()}
         loss, accuracy, norm = (metrics[n] for n in ("loss", "accuracy", "gradient_norm"))
         finite = np.isfinite(loss + norm)
         if not finite.all():
@@ -311,7 +324,8 @@ def _run_epoch(
         history.seconds = time.perf_counter() - started
 
     def stop() -> NoReturn:
-        settle()
+        if step < last:  # else it has settled before the evaluation
+            settle()
         if history.losses:  # else nothing is new since the last checkpoint
             _save(run, checkpoints, state, history)
         checkpoints.finish()
@@ -339,21 +353,25 @@ def _run_epoch(
             settle()
             _save(run, checkpoints, state, history)
     settle()
-    progress.evaluate()
-    test = feed.evaluate(state, signals.ask)
+    with progress.evaluating(epoch + 1):
+        test = feed.evaluate(state, signals.ask)
     if test is None:
         stop()
     if not math.isfinite(test["loss"]):
         raise _not_finite(run, f"test loss is {test['loss']}", last - 1)
+    of_steps = {
+        "train_loss": history.losses,
+        "train_accuracy": history.accuracies,
+        "gradient_norm": history.gradient_norms,
+    }
+    # The steps before a resume may have been those of a version that noted no gradient norms.
+    means = {name: math.fsum(values) / len(values) for name, values in of_steps.items() if values}
     history.end_epoch(
-        {
-            "epoch": epoch + 1,
-            "step": last,
-            "train_loss": math.fsum(history.losses) / len(history.losses),
-            "train_accuracy": math.fsum(history.accuracies) / len(history.accuracies),
+        {"epoch": epoch + 1, "step": last}
+        | means
+        | {
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
-            "gradient_norm": math.fsum(history.gradient_norms) / len(history.gradient_norms),
             "learning_rate": run.learning_rate_of(last - 1),
             "images_per_second": len(history.losses) * run.config.batch_size / history.seconds,
             "seconds": time.perf_counter() - started,

@@ -37,9 +37,10 @@ def learning_rate_schedule(
         case "cosine":
             schedule = optax.cosine_decay_schedule(peak, rest)
         case "step":
-            drops = {
-                round(at * total_steps) - warmup: config.decay_factor for at in config.decay_at
-            }
+            drops: dict[int, float] = {}
+            for at in config.decay_at:  # of which two may be the same step
+                step = round(at * total_steps) - warmup
+                drops[step] = drops.get(step, 1.0) * config.decay_factor
             schedule = optax.piecewise_constant_schedule(peak, drops)
         case _:
             raise InputError(f"unknown schedule {config.schedule!r}")

@@ -1,5 +1,6 @@
 """The state of a run and the pure functions that train and evaluate it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -7,9 +8,12 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int32, Key
+
+from flax_resnet.models.freezing import is_frozen
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -86,9 +90,9 @@ def train_step(
         step draws depends on it, the number of the step and the part of the batch.
 
     Returns:
-      The state after the step, and the batch's mean "loss" and "accuracy" and the Euclidean
-      "gradient_norm", float32 []; "layer_gradient_norms" has that of every convolution's and
-      every linear layer's kernel alone, in the places that the kernels have in `state.params`.
+      The state after the step, and the batch's mean "loss" and "accuracy", float32 []; of the
+      gradient by what is not frozen the Euclidean "gradient_norm", float32 []; and the norms
+      for each kernel alone, "layer_gradient_norms", float32 [L]: see `split_layers`.
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
@@ -124,7 +128,7 @@ def train_step(
     else:
         carry, (grads, metrics) = _in_parts(part, carry, batch, accumulation_steps)
     batch_stats, _ = carry
-    metrics |= _gradient_norms(grads)
+    metrics |= _gradient_norms(grads, getattr(model, "frozen", ()))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = TrainState(
         step=state.step + 1,
@@ -135,17 +139,57 @@ def train_step(
     return state, metrics
 
 
-def _gradient_norms(grads: Any) -> Metrics:
+def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:
     flat: dict[tuple[str, ...], Any] = flatten_dict(grads)
-    # The axis before a kernel's four is of blocks on top of each other: see `stack_blocks`.
+    # Without what is frozen: the compiler leaves out the gradients that nobody asks for.
     squares = {
-        path: jnp.square(g).sum(range(max(0, g.ndim - 4), g.ndim)) for path, g in flat.items()
+        path: jnp.square(gradient).sum(range(gradient.ndim - _kernel_rank(gradient), gradient.ndim))
+        for path, gradient in flat.items()
+        if not is_frozen(("params", *path), frozen)
     }
-    kernels = {path: jnp.sqrt(total) for path, total in squares.items() if path[-1] == "kernel"}
+    layers = [jnp.sqrt(squares[path]).ravel() for path in _kernels(grads, frozen)]
     return {
         "gradient_norm": jnp.sqrt(sum(total.sum() for total in squares.values())),
-        "layer_gradient_norms": unflatten_dict(kernels),
+        "layer_gradient_norms": jnp.concatenate([jnp.zeros(0), *layers]),
     }
+
+
+def split_layers(norms: np.ndarray, params: Any, frozen: Sequence[str] = ()) -> dict[str, Any]:
+    """What of "layer_gradient_norms" belongs to which kernel.
+
+    Args:
+      norms: [steps, L].
+      params: as in the state of these steps, for their shapes.
+      frozen: field of the model.
+
+    Returns:
+      A tree like `params` of the kernels that are not frozen, [steps] each; where kernels of
+      many blocks are on top of each other (`stack_blocks`) [blocks, steps].
+    """
+    kernels = _kernels(params, frozen)
+    stacked = {path: kernel.ndim > _kernel_rank(kernel) for path, kernel in kernels.items()}
+    counts = [len(kernel) if stacked[path] else 1 for path, kernel in kernels.items()]
+    parts = np.split(norms.T, np.cumsum(counts)[:-1])
+    return unflatten_dict(
+        {
+            path: part if stacked[path] else part[0]
+            for path, part in zip(kernels, parts, strict=True)
+        }
+    )
+
+
+def _kernels(tree: Any, frozen: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = flatten_dict(tree)
+    return {
+        path: flat[path]
+        for path in sorted(flat)
+        if path[-1] == "kernel" and not is_frozen(("params", *path), frozen)
+    }
+
+
+def _kernel_rank(array: Any) -> int:
+    # Convolutions have four axes; one before them is of blocks on top of each other.
+    return min(array.ndim, 4)
 
 
 def _in_parts(part, carry, batch, count):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
@@ -42,37 +41,29 @@ def write_scalars(writer: EventFileWriter, record: Record) -> None:
     _write(writer, record["step"], values)
 
 
-def write_histograms(
-    writer: EventFileWriter, step: int, params: Any, gradient_norms: Sequence[Any]
-) -> None:
+def write_histograms(writer: EventFileWriter, step: int, scales: Any, gradient_norms: Any) -> None:
     """Shows scale/LAYER and gradient/LAYER, the layers by their names in PyTorch.
 
     Args:
       writer: see `open_writer`.
       step: number of steps done.
-      params: of the model; shown are the scales of its normalisations.
-      gradient_norms: "layer_gradient_norms" of `train_step`, with one more axis, the first,
-        for the steps over which the histograms are; in any number of parts.
+      scales: of the normalisations, a tree like the model's parameters; the blocks of a
+        stage may be on top of each other, here and in the next.
+      gradient_norms: see `split_layers`.
     """
-    scales = {p: v for p, v in flatten_dict(unstack_blocks(params)).items() if p[-1] == "scale"}
-    norms = {}
-    if gradient_norms:  # else all steps were done by an earlier start of the run
-        # Steps last: unstack_blocks takes the first axis for that of the blocks.
-        norms = jax.tree.map(lambda *parts: np.concatenate(parts).T, *gradient_norms)
-        norms = flatten_dict(unstack_blocks(norms))
-    _write(
-        writer,
-        step,
-        [
-            {"tag": f"{kind}/{_layer(path)}", "histo": _histogram(np.asarray(values))}
-            for kind, layers in (("scale", jax.device_get(scales)), ("gradient", norms))
-            for path, values in layers.items()
-        ],
-    )
+    histograms = []
+    for kind, tree in (("scale", scales), ("gradient", gradient_norms)):
+        arrays: dict[tuple[str, ...], np.ndarray] = flatten_dict(unstack_blocks(tree))  # pyright: ignore[reportAssignmentType]
+        for path, values in arrays.items():
+            if values.size and np.isfinite(values).all():
+                histograms.append({"tag": f"{kind}/{_layer(path)}", "histo": _histogram(values)})
+    _write(writer, step, histograms)
 
 
 def write_images(writer: EventFileWriter, tag: str, images: np.ndarray) -> None:
-    """Shows images, uint8 [N, H, W, C] with C of 1 or 3, as one that has them side by side."""
+    """Shows images, uint8 [N, H, W, C], as one that has them side by side, if C is 1 or 3."""
+    if images.shape[-1] not in (1, 3):
+        return
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -100,10 +91,13 @@ def _layer(path: tuple[str, ...]) -> str:
 
 def _histogram(values: np.ndarray) -> dict[str, Any]:
     values = values.astype(np.float64)  # in which even neighbours have 30 bins between them
-    counts, edges = np.histogram(values, bins=30)
+    low, high = values.min(), values.max()
+    counts, edges = [values.size], np.array([low, np.nextafter(low, np.inf)])
+    if low < high:
+        counts, edges = np.histogram(values, bins=30)
     return {
-        "min": values.min(),
-        "max": values.max(),
+        "min": low,
+        "max": high,
         "num": values.size,
         "sum": values.sum(),
         "sum_squares": np.square(values).sum(),

@@ -49,6 +49,11 @@ def test_step_is_multi_step_lr():
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def test_two_drops_at_one_step_are_two():
+    ours = rates(schedule="step", decay_at=(0.5, 0.501), decay_factor=0.2, learning_rate=1.0)
+    np.testing.assert_allclose(ours[[49, 51]], [1, 0.04], rtol=1e-6)
+
+
 def test_cosine_is_cosine_annealing_lr():
     ours = rates(schedule="cosine", learning_rate=0.1)
     theirs = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, TOTAL_STEPS), 0.1)

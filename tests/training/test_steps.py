@@ -12,10 +12,12 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.data import Dataset, channel_statistics, epoch_order
+from flax_resnet.models import native
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.training import create_state, eval_step, programs, sgd, train_step
 from flax_resnet.training.config import Config
 from flax_resnet.training.feeds import Data, open_feed
+from flax_resnet.training.steps import split_layers
 
 # Small, so that it compiles fast: a block that keeps the shape and one that changes it.
 MODEL = fr.ResNet(
@@ -67,11 +69,12 @@ def test_step_is_that_of_torch(rng, label_smoothing):
         norms = {n: torch.linalg.vector_norm(p.grad).item() for n, p in twin.named_parameters()}
         total = np.linalg.norm(list(norms.values()))
         np.testing.assert_allclose(metrics["gradient_norm"], total, rtol=1e-4)
-        layers = jax.tree.leaves_with_path(metrics["layer_gradient_norms"])
+        layers = split_layers(np.asarray(metrics["layer_gradient_norms"])[None], state.params)
+        layers = jax.tree.leaves_with_path(layers)
         assert len(layers) == 7  # 6 convolutions and fc
         for path, norm in layers:
             name = torch_name(("params", *(key.key for key in path)))
-            np.testing.assert_allclose(norm, norms[name], rtol=1e-3, err_msg=name)
+            np.testing.assert_allclose(norm, [norms[name]], rtol=1e-3, err_msg=name)
 
     assert state.step == 3
     expected = fr.from_torch(MODEL, twin.state_dict())["params"]
@@ -88,17 +91,36 @@ def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
         "image": jnp.asarray(rng.normal(size=(8, 8, 8, 3)), jnp.float32),
         "label": jnp.arange(8),
     }
-    _, metrics = train_step(state, batch, model=model, optimizer=optimizer)
-    _, stacked = train_step(
-        fr.stack_blocks(state), batch, model=model.clone(scan_blocks=True), optimizer=optimizer
-    )
-    np.testing.assert_allclose(stacked["gradient_norm"], metrics["gradient_norm"], rtol=1e-4)
-    assert stacked["layer_gradient_norms"]["layer2_rest"]["conv1"]["kernel"].shape == (2,)
-    chex.assert_trees_all_close(
-        fr.unstack_blocks(stacked["layer_gradient_norms"]),
-        metrics["layer_gradient_norms"],
-        rtol=1e-3,
-    )
+    totals, layers = [], []
+    scanned = (fr.stack_blocks(state), model.clone(scan_blocks=True))
+    for start, net in ((state, model), scanned):
+        _, metrics = train_step(start, batch, model=net, optimizer=optimizer)
+        totals.append(metrics["gradient_norm"])
+        norms = np.stack([metrics["layer_gradient_norms"]] * 3)  # as of three steps
+        layers.append(split_layers(norms, start.params))
+    np.testing.assert_allclose(*totals, rtol=1e-4)
+    assert layers[1]["layer2_rest"]["conv1"]["kernel"].shape == (2, 3)
+    chex.assert_trees_all_close(layers[0], fr.unstack_blocks(layers[1]), rtol=1e-3)
+
+
+def test_what_is_frozen_costs_nothing(monkeypatch):
+    monkeypatch.setattr(native, "lanes", lambda: 0)  # whose arithmetic XLA would not count
+
+    def arithmetic_and_metrics(frozen):
+        optimizer = sgd(Config(freeze=frozen, **SGD), optax.constant_schedule(0.1))
+        state = make_state(optimizer)
+        batch = {"image": jnp.ones((8, 8, 8, 3)), "label": jnp.arange(8)}
+        step = partial(train_step, model=MODEL.clone(frozen=frozen), optimizer=optimizer)
+        program = jax.jit(step).lower(state, batch).compile()
+        cost = program.cost_analysis()
+        assert cost is not None
+        return cost["flops"], program(state, batch)[1]
+
+    everything, _ = arithmetic_and_metrics(())
+    only_fc, metrics = arithmetic_and_metrics(("conv1", "bn1", "layer*"))
+    assert only_fc < 0.4 * everything  # forward alone
+    (norm,) = metrics["layer_gradient_norms"]
+    assert metrics["gradient_norm"] >= norm > 0
 
 
 def test_one_batch_can_be_learnt_by_heart(rng):

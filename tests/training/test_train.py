@@ -361,13 +361,20 @@ def test_infinite_loss_stops_the_run(config, tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("values", [[0.0], [1.0, np.nextafter(np.float32(1), 2)], [1e-45, 3e38]])
+@pytest.mark.parametrize(
+    "values", [[0.0], [1.0, np.nextafter(np.float32(1), 2)], [1e-45, 3e38], [1e17, 1e17]]
+)
 def test_histogram_of_any_numbers(tmp_path, values):
     values = np.array(values, np.float32)
     writer = tensorboard.open_writer(tmp_path, [])
-    tensorboard.write_histograms(writer, 3, {"bn1": {"scale": values}}, [])
+    unknown = np.array([np.inf, 0])
+    tensorboard.write_histograms(
+        writer, 3, {"bn1": {"scale": values}}, {"conv1": {"kernel": unknown}}
+    )
     writer.close()
-    (event,) = read_events(tmp_path).Histograms("scale/bn1")
+    events = read_events(tmp_path)
+    assert events.Tags()["histograms"] == ["scale/bn1"]
+    (event,) = events.Histograms("scale/bn1")
     shown = event.histogram_value
     assert (event.step, shown.num, sum(shown.bucket)) == (3, len(values), len(values))
     assert (shown.min, shown.max) == (values.min(), values.max())

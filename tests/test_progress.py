@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from flax_resnet import progress
 from flax_resnet.progress import bar, quietly, say, warn
-from flax_resnet.training import progress
 
 
 class Terminal(io.StringIO):
