@@ -5,8 +5,8 @@
         --command 'python train.py --config configs/cifar_resnet20_quick.py' --commit 1a2b3c4
 
 A run is two files: NAME.jsonl, its metrics.jsonl, and NAME.json, what else a row tells.
-Runs of one command, the seed left out, are one row: mean and standard deviation (n - 1).
-The last epoch counts, on the whole test split, without test-time augmentation.
+Runs of one command, the seed left out, on one data set and of one commit are one row: mean
+and standard deviation (n - 1). The last epoch counts, on the whole test split, without test-time augmentation.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", help="what a row is to say of the data")
     parser.add_argument("--command", help="that has started the run")
     parser.add_argument("--commit", help="that the run was made with")
-    parser.add_argument("--note", default="", help="what else there was on the machine")
+    parser.add_argument("--note", default="", help="what else is to be known of it")
     options = parser.parse_args()
     if options.add:
         if not (options.data and options.command and options.commit):
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    """Copies the metrics of a finished run, and writes what else a row tells."""
+    """Copies the metrics of a run, and writes what else a row tells, or is to be known."""
     folder, name = options.add
     run = fr.load_run(folder, "newest")
     shutil.copy(Path(folder) / "metrics.jsonl", _FOLDER / f"{name}.jsonl")
@@ -64,9 +64,9 @@ def add(options: argparse.Namespace) -> None:
 def read_runs() -> dict[str, dict[str, Any]]:
     """By its name, what NAME.json holds of each run, and as "records" what NAME.jsonl does."""
     runs = {}
-    for path in sorted(_FOLDER.glob("*.jsonl")):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        runs[path.stem] = json.loads(path.with_suffix(".json").read_text()) | {"records": records}
+    for path in sorted(_FOLDER.glob("*.json")):
+        lines = path.with_suffix(".jsonl").read_text().splitlines()
+        runs[path.stem] = json.loads(path.read_text()) | {"records": [json.loads(x) for x in lines]}
     return runs
 
 
@@ -86,10 +86,11 @@ def rows(runs: dict[str, dict[str, Any]]) -> str:
         "| command | data | epochs | minutes | test accuracy | seeds | commit | metrics |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for name, run in runs.items():
-        groups.setdefault((_SEED.sub("", run["command"]), run["commit"]), []).append(name)
-    for (command, commit), names in groups.items():
+        key = (_SEED.sub("", run["command"]), run["data"], run["commit"])
+        groups.setdefault(key, []).append(name)
+    for (command, data, commit), names in groups.items():
         last = [runs[name]["records"][-1] for name in names]
         minutes = [sum(r["seconds"] for r in runs[name]["records"]) / 60 for name in names]
         accuracy = [100 * record["test_accuracy"] for record in last]
@@ -97,7 +98,7 @@ def rows(runs: dict[str, dict[str, Any]]) -> str:
         files = " ".join(f"[{name}](results/{name}.jsonl)" for name in names)
         lines.append(
             f"| `{command.removeprefix('python train.py --config configs/')}` "
-            f"| {runs[names[0]]['data']} | {last[0]['epoch']} | {statistics.mean(minutes):.1f} "
+            f"| {data} | {last[0]['epoch']} | {statistics.mean(minutes):.1f} "
             f"| {statistics.mean(accuracy):.2f}{deviation}% | {len(names)} | {commit} | {files} |"
         )
     return "\n".join(lines) + "\n"

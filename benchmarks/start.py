@@ -3,7 +3,7 @@
     python benchmarks/start.py
 
 The run is digits_resnet8, its data prepared. Cold: nothing compiled yet, neither programs
-nor kernels.cc. Warm: the same again. Then, each in a process of its own, the time to lower
+nor convolution.cc. Warm: the same again. Then, each in a process of its own, the time to lower
 and compile the training step (batch 128) of deep nets, with their blocks unrolled and
 scanned.
 """

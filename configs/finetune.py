@@ -1,17 +1,17 @@
 """Fine-tuning: weights that learnt on one data set, on another.
 
-    python train.py --config configs/finetune.py --config.init_from=runs/digits
+    python train.py --config configs/finetune.py --config.init_from=runs/digits90
 
 As it stands it needs no network: ResNet-8 on 143 handwritten digits, a tenth of them, from
 the folder of a run that saw the others:
 
-    python train.py --config configs/digits_resnet8.py --workdir runs/digits \
+    python train.py --config configs/digits_resnet8.py --workdir runs/digits90 \
         --config.train_split='train[10%:]'
 
 98.3% test accuracy in half a minute on 2 CPU cores; from random weights with the schedule of
 configs/digits_resnet8.py the same 20 epochs give 93.6% (one run each).
 
-From CIFAR-10 to CIFAR-100, all layers:
+From CIFAR-10 to CIFAR-100, all layers; TFDS needs TensorFlow to prepare CIFAR-100:
 
     python train.py --config configs/finetune.py --config.init_from=runs/cifar10 \
         --config.model=cifar_resnet18 --config.dataset=cifar100 --config.train_split=train \
@@ -27,7 +27,7 @@ from flax_resnet.training import default_config
 
 def get_config():
     config = default_config()
-    # To be given on the command line. The model is that of the weights.
+    # To be given on the command line, with the model that the weights are of.
     config.init_from = ""
     config.model = "cifar_resnet8"
     # The first layers see edges wherever they are; their BatchNorm keeps its statistics.

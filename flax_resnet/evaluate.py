@@ -84,11 +84,8 @@ def open_test_set(run: Run, data_dir: str | None = None) -> Dataset | Source:
       InputError: if it cannot be read, or is not what the run was trained for.
     """
     config = run.config
-    try:
-        source = Source(config.dataset, config.eval_split, data_dir or config.data_dir)
-        data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
-    except InputError as error:  # it may name the option of train.py
-        raise InputError(str(error).replace("--config.data_dir", "--data_dir")) from error
+    source = Source(config.dataset, config.eval_split, data_dir or config.data_dir)
+    data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
     if data.class_names != run.class_names:
         raise InputError(
             f"{config.dataset} has other classes than the run in {run.workdir} was trained for"

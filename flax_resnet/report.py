@@ -2,7 +2,7 @@
 
     python -m flax_resnet.report RUN [RUN ...] [--output FILE]
 
-It has the curves of all runs in one another, and for each: accuracy with its 95% interval,
+It has the curves of all runs, overlaid, and for each: accuracy with its 95% interval,
 confusion matrix, classes, calibration, the most confident mistakes and the first layer's
 filters, all of the newest checkpoint, and config, versions and hardware. It is written as
 report.html into the first run's folder, and train.py writes it at the end of a run.

@@ -125,8 +125,8 @@ def test_program_writes_figures(digits_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "DEPTHS", dict.fromkeys((20, 56, 110), fr.cifar_resnet8))
     monkeypatch.setattr(program, "lab10_resnet50", partial(tiny, fr.Bottleneck, (1, 1)))
     run(
-        f"--dataset digits --data-dir {digits_dir} --output {tmp_path / 'new' / 'folder'} "
-        "--parts identity gradients fields --steps 2 --batch-size 8 --quiet".split()
+        f"--dataset digits --data_dir {digits_dir} --output {tmp_path / 'new' / 'folder'} "
+        "--parts identity gradients fields --steps 2 --batch_size 8 --quiet".split()
     )
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -173,7 +173,7 @@ def test_curves_of_a_run(digits_dir, tmp_path, capsys):
         ("--dataset mnist", "invalid choice: 'mnist'"),
         ("--steps 1", "1 is not from 2"),
         ("--steps many", "invalid integer value: 'many'"),
-        ("--dataset digits --batch-size 5000", "digits has 1437 images"),
+        ("--dataset digits --batch_size 5000", "digits has 1437 images"),
         ("--output {file}", "cannot write into"),
         ("--parts curves --metrics {file}", "does not hold the metrics of a run"),
         ("--parts curves --metrics {file}x", "does not hold the metrics of a run"),
@@ -185,7 +185,7 @@ def test_bad_input_is_one_line(arguments, message, digits_dir, tmp_path, capsys)
     if "--output" not in arguments:
         arguments += f" --output {tmp_path}"
     arguments = arguments.format(file=file).split()
-    assert run([*arguments, "--data-dir", str(digits_dir), "--quiet"]) == 2
+    assert run([*arguments, "--data_dir", str(digits_dir), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

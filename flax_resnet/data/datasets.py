@@ -251,14 +251,14 @@ def _prepare(builder: _Builder) -> None:
         elif not _reachable(CIFAR10_URL):
             raise InputError(
                 f"no data and no network: cifar10 is not in {folder}, and {CIFAR10_URL} cannot be "
-                "reached. Either name a folder that has it with --config.data_dir=DIR, or put that "
-                f"archive at {archive}, or train on data that needs no download with "
-                "--config configs/digits_resnet8.py"
+                "reached. Either name a folder that has it by $TFDS_DATA_DIR or data_dir "
+                f"(train.py: --config.data_dir=DIR), or put that archive at {archive}, or train on data that "
+                "needs no download with --config configs/digits_resnet8.py"
             )
     elif name != "digits" and not _reachable("https://storage.googleapis.com"):
         raise InputError(
-            f"no data and no network: {name} is not in {folder}; name a folder that has it with "
-            "--config.data_dir=DIR"
+            f"no data and no network: {name} is not in {folder}; name a folder that has it by "
+            "$TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
         )
     say(f"preparing {name} in {folder} ...")
     if not shows_bars():
@@ -271,7 +271,8 @@ def _prepare(builder: _Builder) -> None:
     except ImportError as error:
         raise InputError(
             f"TFDS needs TensorFlow to prepare {name}: run `tfds build {name}` where it is "
-            "installed, and name the folder with --config.data_dir=DIR"
+            "installed, and name the folder by $TFDS_DATA_DIR or data_dir (train.py: "
+            "--config.data_dir=DIR)"
         ) from error
     except Exception as error:  # of the disk, the download, its checksum, the examples
         raise InputError(f"{name} cannot be prepared in {folder}: {error}") from error

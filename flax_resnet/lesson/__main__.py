@@ -26,16 +26,16 @@ Measures on real images what the lesson on skip connections explains, and draws 
   gradients  norm of the gradient by layer, plain and residual, 20, 56 and 110 layers,
              at initialisation and in the first steps of training
   fields     shape and receptive field of every stage, over an image
-  curves     loss of plain-20, plain-56, residual-20 and residual-56 over whole runs,
-             from their metrics.jsonl; prints the commands of those that are not there
+  curves     loss and error of plain-20, plain-56, residual-20 and residual-56 over whole
+             runs, from their metrics.jsonl; prints the commands of those that are not there
 
-Each part writes a figure, and the numbers in it as JSON, into the output folder, and
+Each part writes its figures, and the numbers in them as JSON, into the output folder, and
 prints the numbers that matter.
 """
 
 _EPILOG = """\
-On 2 cores of a CPU all parts take about five minutes, of which gradients takes
-most; --parts leaves it out. docs/lesson.md tells what there is to see in the figures.
+On 2 cores of a CPU all parts take about five minutes, most of it for gradients; choose
+others with --parts. docs/lesson.md tells what there is to see in the figures.
 
 examples:
   python -m flax_resnet.lesson --dataset digits         no download
@@ -74,10 +74,10 @@ def make_parser() -> Parser:
         choices=("cifar10", "digits"),
         help="default: cifar10 where TFDS has prepared it, digits elsewhere",
     )
-    add("--data-dir", metavar="DIR", help="of TFDS; default: $TFDS_DATA_DIR")
+    add("--data_dir", metavar="DIR", help="of TFDS; default: $TFDS_DATA_DIR")
     add("--parts", nargs="+", choices=tuple(_PARTS), default=tuple(_PARTS), help="default: all")
     add("--steps", type=at_least(2), default=30, help="of training, for gradients; default: 30")
-    add("--batch-size", type=at_least(2), default=64, help="for gradients; default: 64")
+    add("--batch_size", type=at_least(2), default=64, help="for gradients; default: 64")
     add("--seed", type=at_least(0), default=0, help="of weights and batches; default: 0")
     add(
         "--metrics",
@@ -131,7 +131,7 @@ def load_images(options: argparse.Namespace) -> Images:
             say(f"there is no cifar10 in {folder}: this is with digits")
     data = load_dataset(dataset, "train", options.data_dir)
     if options.batch_size > len(data):
-        raise InputError(f"--batch-size {options.batch_size}: {dataset} has {len(data)} images")
+        raise InputError(f"--batch_size {options.batch_size}: {dataset} has {len(data)} images")
     statistics = channel_statistics([data.images])
     return Images(dataset, data.images, normalize(data.images, *statistics), data.labels)
 
@@ -262,7 +262,7 @@ def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
     print(f"curves: not measured yet: {', '.join(missing)}. These commands make them:")
     for name in missing:
         print(f"  python train.py --config {_RECIPE} --config.model={name} --workdir runs/{name}")
-        print(f"  cp runs/{name}/metrics.jsonl docs/results/{name}.jsonl")
+    print("and --metrics takes their folders.")
     return None
 
 
