@@ -6,7 +6,8 @@
 
 A run is two files: NAME.jsonl, its metrics.jsonl, and NAME.json, what else a row tells.
 Runs of one command, the seed left out, on one data set and of one commit are one row: mean
-and standard deviation (n - 1). The last epoch counts, on the whole test split, without test-time augmentation.
+and standard deviation (n - 1). The last epoch counts, on the whole test split, without
+test-time augmentation.
 """
 
 import argparse

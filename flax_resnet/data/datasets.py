@@ -252,8 +252,8 @@ def _prepare(builder: _Builder) -> None:
             raise InputError(
                 f"no data and no network: cifar10 is not in {folder}, and {CIFAR10_URL} cannot be "
                 "reached. Either name a folder that has it by $TFDS_DATA_DIR or data_dir "
-                f"(train.py: --config.data_dir=DIR), or put that archive at {archive}, or train on data that "
-                "needs no download with --config configs/digits_resnet8.py"
+                f"(train.py: --config.data_dir=DIR), or put that archive at {archive}, or train "
+                "on data that needs no download with --config configs/digits_resnet8.py"
             )
     elif name != "digits" and not _reachable("https://storage.googleapis.com"):
         raise InputError(
