@@ -17,7 +17,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
@@ -243,7 +243,7 @@ def _train_on(
 
 
 def _write_histograms(
-    run: _Run, writer: EventFileWriter, state: TrainState, norms: list[np.ndarray]
+    run: _Run, writer: RecordWriter, state: TrainState, norms: list[np.ndarray]
 ) -> None:
     params = flatten_dict(state.params)
     scales = {path: value for path, value in params.items() if path[-1] == "scale"}

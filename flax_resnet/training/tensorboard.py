@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from PIL import Image
 from tensorboard.compat.proto import event_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.models import unstack_blocks
 from flax_resnet.models.torch_weights import torch_name
@@ -23,25 +24,32 @@ _PIXELS_BETWEEN_IMAGES = 2
 # everywhere when a run goes back to an earlier step.
 
 
-def open_writer(workdir: Path, records: Sequence[Record]) -> EventFileWriter:
-    """An event file, with which TensorBoard forgets what came after the records."""
-    writer = EventFileWriter(str(workdir))
+def open_writer(workdir: Path, records: Sequence[Record]) -> RecordWriter:
+    """An event file, with which TensorBoard forgets what came after the records.
+
+    Unlike TensorBoard's EventFileWriter it has no thread, which would end with a traceback
+    when the disk is full. All functions here raise OSError then.
+    """
+    # TensorBoard reads a run's files in the order of their names.
+    path = workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+    writer = RecordWriter(path.open("wb"))
     step = records[-1]["step"] + 1 if records else 0
-    writer.add_event(_event(step, session_log={"status": "START"}))
+    _write(writer, _event(0, file_version="brain.Event:2"))
+    _write(writer, _event(step, session_log={"status": "START"}))
     return writer
 
 
-def write_scalars(writer: EventFileWriter, record: Record) -> None:
+def write_scalars(writer: RecordWriter, record: Record) -> None:
     """Shows a record, as train/loss, test/loss, learning_rate, ..."""
     values = [
         {"tag": re.sub("^(train|test)_", r"\1/", name), "simple_value": value}
         for name, value in record.items()
         if name not in ("epoch", "step")
     ]
-    _write(writer, record["step"], values)
+    _write(writer, _event(record["step"], summary={"value": values}))
 
 
-def write_histograms(writer: EventFileWriter, step: int, scales: Any, gradient_norms: Any) -> None:
+def write_histograms(writer: RecordWriter, step: int, scales: Any, gradient_norms: Any) -> None:
     """Shows scale/LAYER and gradient/LAYER, the layers by their names in PyTorch.
 
     Args:
@@ -57,10 +65,10 @@ def write_histograms(writer: EventFileWriter, step: int, scales: Any, gradient_n
         for path, values in arrays.items():
             if values.size and np.isfinite(values).all():
                 histograms.append({"tag": f"{kind}/{_layer(path)}", "histo": _histogram(values)})
-    _write(writer, step, histograms)
+    _write(writer, _event(step, summary={"value": histograms}))
 
 
-def write_images(writer: EventFileWriter, tag: str, images: np.ndarray) -> None:
+def write_images(writer: RecordWriter, tag: str, images: np.ndarray) -> None:
     """Shows images, uint8 [N, H, W, C], as one that has them side by side, if C is 1 or 3."""
     if images.shape[-1] not in (1, 3):
         return
@@ -82,7 +90,7 @@ def write_images(writer: EventFileWriter, tag: str, images: np.ndarray) -> None:
         "colorspace": channels,
         "encoded_image_string": png.getvalue(),
     }
-    _write(writer, 0, [{"tag": tag, "image": picture}])
+    _write(writer, _event(0, summary={"value": [{"tag": tag, "image": picture}]}))
 
 
 def _layer(path: tuple[str, ...]) -> str:
@@ -106,8 +114,8 @@ def _histogram(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _write(writer: EventFileWriter, step: int, values: list[dict[str, Any]]) -> None:
-    writer.add_event(_event(step, summary={"value": values}))
+def _write(writer: RecordWriter, event: Any) -> None:
+    writer.write(event.SerializeToString())
     writer.flush()
 
 
