@@ -41,7 +41,13 @@ def command_line():
                 if not child:
                     os.dup2(said.fileno(), 2)
                     sys.argv = ["train.py", *json.loads(line)]
-                    runpy.run_path("train.py", run_name="__main__")
+                    code = 0
+                    try:
+                        runpy.run_path("train.py", run_name="__main__")
+                    except SystemExit as end:
+                        code = end.code
+                    sys.stderr.flush()
+                    os._exit(code)  # at once: to take down all that was imported takes longer
                 _, status = os.waitpid(child, 0)
                 said.seek(0)
                 print(json.dumps([os.waitstatus_to_exitcode(status), said.read()]), flush=True)

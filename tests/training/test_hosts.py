@@ -24,7 +24,7 @@ RUN = (
     "--config.batch_size=256",
     "--config.eval_split=test[:37]",
     "--config.eval_batch_size=16",
-    "--config.num_epochs=20",
+    "--config.num_epochs=10",
     "--config.warmup_epochs=5",
     "--config.learning_rate=0.005",
 )
@@ -77,7 +77,7 @@ def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
     assert "epoch" not in second  # one speaks for both
 
     together = read_metrics(tmp_path)
-    assert [record["step"] for record in together] == list(range(1, 21))
+    assert [record["step"] for record in together] == list(range(1, 11))
     for name in ("train_loss", "test_loss"):
         ours, expected = ([record[name] for record in run] for run in (together, alone))
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
