@@ -56,7 +56,7 @@ def add(options: argparse.Namespace) -> None:
         "commit": options.commit,
         "data": options.data,
         "note": options.note,
-        "hardware": run.hardware,
+        "hardware": {key: run.hardware[key] for key in ("devices", "cpu", "memory")},
         "versions": run.versions,
     }
     (_FOLDER / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
