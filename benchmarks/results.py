@@ -96,7 +96,7 @@ def rows(runs: dict[str, dict[str, Any]]) -> str:
         minutes = [sum(r["seconds"] for r in runs[name]["records"]) / 60 for name in names]
         accuracy = [100 * record["test_accuracy"] for record in last]
         deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(names) > 1 else ""
-        files = " ".join(f"[{name}](results/{name}.jsonl)" for name in names)
+        files = " ".join(f"[{name.split('-')[-1]}](results/{name}.jsonl)" for name in names)
         lines.append(
             f"| `{command.removeprefix('python train.py --config configs/')}` "
             f"| {data} | {last[0]['epoch']} | {statistics.mean(minutes):.1f} "
