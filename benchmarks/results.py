@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import flax_resnet as fr
-from flax_resnet.lesson.figures import draw_curves
+from flax_resnet.lesson.figures import CURVES, draw_curves
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _FOLDER = _DOCS / "results"
-_DEGRADATION = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
 _SEED = re.compile(r" --config\.seed=\d+")
 
 
@@ -42,8 +41,8 @@ def main() -> None:
     runs = read_runs()
     page = _DOCS / "results.md"
     page.write_text(with_tables(page.read_text(), runs))
-    if all(name in runs for name in _DEGRADATION):
-        draw_curves({n: runs[n]["records"] for n in _DEGRADATION}, _DOCS / "lesson" / "curves.png")
+    if all(name in runs for name in CURVES):
+        draw_curves({n: runs[n]["records"] for n in CURVES}, _DOCS / "lesson" / "curves.png")
 
 
 def add(options: argparse.Namespace) -> None:

@@ -18,6 +18,6 @@ def one_line(error: object) -> str:
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-def short_reason(error: object) -> str:
-    """The beginning of `one_line`."""
-    return one_line(error)[:200]
+def short_reason(error: object, length: int = 300) -> str:
+    """The beginning of `one_line`, so many characters."""
+    return one_line(error)[:length]

@@ -44,7 +44,6 @@ examples:
       runs/cifar_resnet20 runs/cifar_resnet56
 """
 
-_CURVES = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
 _RECIPE = "configs/cifar_resnet20.py"
 
 
@@ -247,18 +246,18 @@ def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
     """The metrics of the four runs; None, with the commands that make them, if one lacks."""
     paths = options.metrics
     if paths is None:
-        stored = [Path("docs/results") / f"{name}.jsonl" for name in _CURVES]
+        stored = [Path("docs/results") / f"{name}.jsonl" for name in figures.CURVES]
         paths = [path for path in stored if path.exists()]
     found = dict(map(read_metrics, paths))
-    missing = [name for name in _CURVES if name not in found]
+    missing = [name for name in figures.CURVES if name not in found]
     if not missing:
-        for name in _CURVES:
+        for name in figures.CURVES:
             last = found[name][-1]
             print(
                 f"curves: {name}: epoch {last['epoch']:.0f}, "
                 f"training loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}"
             )
-        return {name: found[name] for name in _CURVES}
+        return {name: found[name] for name in figures.CURVES}
     print(f"curves: not measured yet: {', '.join(missing)}. These commands make them:")
     for name in missing:
         print(f"  python train.py --config {_RECIPE} --config.model={name} --workdir runs/{name}")
@@ -282,8 +281,8 @@ def read_metrics(path: Path) -> tuple[str, list[dict[str, float]]]:
         records = [{key: float(record[key]) for key in keys} for record in records]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not hold the metrics of a run: {error!r}") from error
-    if name not in _CURVES:
-        raise InputError(f"{path} is a run of {name}; curves are of {', '.join(_CURVES)}")
+    if name not in figures.CURVES:
+        raise InputError(f"{path} is a run of {name}; curves are of {', '.join(figures.CURVES)}")
     if not records:
         raise InputError(f"{file} has no epoch yet")
     return name, records

@@ -172,6 +172,10 @@ def _square(
     return left, left + side, top
 
 
+# The runs of `draw_curves`, by their models.
+CURVES = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
+
+
 def draw_curves(numbers: dict[str, Any], path: Path) -> None:
     """Training loss, training and test error by epoch, 20 and 56 layers, plain and residual."""
     with matplotlib.rc_context(_RC):

@@ -235,15 +235,15 @@ def _model_problems(run: Config) -> list[str]:
     try:
         model = create_model(run.model, frozen=run.freeze, **run.model_fields)
     except ValueError as error:
-        return [short_reason(error)]
+        return [short_reason(error, 200)]
     except TypeError as error:
-        return [f"model_fields do not fit {run.model}: {short_reason(error)}"]
+        return [f"model_fields do not fit {run.model}: {short_reason(error, 200)}"]
     if not (run.model_fields or run.freeze):
         return []  # a model as it is fits
     try:
         variables = variable_shapes(model, (32, 32, 3))
     except Exception as error:  # of whatever a field is used for
-        return [f"model_fields do not fit {run.model}: {short_reason(error)}"]
+        return [f"model_fields do not fit {run.model}: {short_reason(error, 200)}"]
     return _freeze_problems(run, flatten_dict(variables))
 
 
