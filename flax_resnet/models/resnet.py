@@ -767,11 +767,11 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 # He et al. table 1: 224x224 images, 1000 classes.
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
-resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
-resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
-resnet152 = partial(ResNet, Bottleneck, (3, 8, 36, 3))
+resnet18 = partial(ResNet, BasicBlock, layers=(2, 2, 2, 2))
+resnet34 = partial(ResNet, BasicBlock, layers=(3, 4, 6, 3))
+resnet50 = partial(ResNet, Bottleneck, layers=(3, 4, 6, 3))
+resnet101 = partial(ResNet, Bottleneck, layers=(3, 4, 23, 3))
+resnet152 = partial(ResNet, Bottleneck, layers=(3, 8, 36, 3))
 
 # Zagoruyko and Komodakis, arXiv:1605.07146, table 8: twice as wide inside of the blocks.
 wide_resnet50_2 = partial(resnet50, width_per_group=128)
@@ -812,13 +812,13 @@ _three_stages = partial(
 
 # He et al. section 4.2: 6n + 2 layers, shortcuts without parameters.
 _he_cifar = partial(_three_stages, BasicBlock, shortcut="identity")
-cifar_resnet8 = partial(_he_cifar, (1, 1, 1))
-cifar_resnet20 = partial(_he_cifar, (3, 3, 3))
-cifar_resnet32 = partial(_he_cifar, (5, 5, 5))
-cifar_resnet44 = partial(_he_cifar, (7, 7, 7))
-cifar_resnet56 = partial(_he_cifar, (9, 9, 9))
-cifar_resnet110 = partial(_he_cifar, (18, 18, 18))
-cifar_resnet1202 = partial(_he_cifar, (200, 200, 200))
+cifar_resnet8 = partial(_he_cifar, layers=(1, 1, 1))
+cifar_resnet20 = partial(_he_cifar, layers=(3, 3, 3))
+cifar_resnet32 = partial(_he_cifar, layers=(5, 5, 5))
+cifar_resnet44 = partial(_he_cifar, layers=(7, 7, 7))
+cifar_resnet56 = partial(_he_cifar, layers=(9, 9, 9))
+cifar_resnet110 = partial(_he_cifar, layers=(18, 18, 18))
+cifar_resnet1202 = partial(_he_cifar, layers=(200, 200, 200))
 cifar_plain20 = partial(cifar_resnet20, shortcut="none")
 cifar_plain32 = partial(cifar_resnet32, shortcut="none")
 cifar_plain44 = partial(cifar_resnet44, shortcut="none")
@@ -827,21 +827,21 @@ cifar_plain56 = partial(cifar_resnet56, shortcut="none")
 # He et al., arXiv:1603.05027: 9n + 2 layers (section 5), and the 18 layers from above, whose
 # first block keeps the shape: its shortcut is the stem's output, not activated.
 cifar_preact_resnet18 = partial(
-    ResNet, PreActBasicBlock, (2, 2, 2, 2), num_classes=10, cifar_stem=True
+    ResNet, PreActBasicBlock, layers=(2, 2, 2, 2), num_classes=10, cifar_stem=True
 )
-cifar_preact_resnet164 = partial(_three_stages, PreActBottleneck, (18, 18, 18))
-cifar_preact_resnet1001 = partial(_three_stages, PreActBottleneck, (111, 111, 111))
+cifar_preact_resnet164 = partial(_three_stages, PreActBottleneck, layers=(18, 18, 18))
+cifar_preact_resnet1001 = partial(_three_stages, PreActBottleneck, layers=(111, 111, 111))
 
 # Zagoruyko and Komodakis, arXiv:1605.07146, table 1: 6n + 4 layers, widened from 16/32/64.
 _wide_cifar = partial(_three_stages, PreActBasicBlock, stem_width=16)
-cifar_wrn16_8 = partial(_wide_cifar, (2, 2, 2), widths=(128, 256, 512))
-cifar_wrn28_10 = partial(_wide_cifar, (4, 4, 4), widths=(160, 320, 640))
+cifar_wrn16_8 = partial(_wide_cifar, layers=(2, 2, 2), widths=(128, 256, 512))
+cifar_wrn28_10 = partial(_wide_cifar, layers=(4, 4, 4), widths=(160, 320, 640))
 
 # The CIFAR-10 net of the lesson "Lab10-6: ResNet" (Deep Learning Zero To All, season 2).
 lab10_resnet50 = partial(
     ResNet,
     Bottleneck,
-    (3, 4, 6, 3),
+    layers=(3, 4, 6, 3),
     num_classes=10,
     widths=(16, 32, 64, 128),
     strides=(1, 1, 2, 2),

@@ -142,6 +142,36 @@ def test_any_config_is_valid_or_refused_in_a_line(config):
     assert "\n" not in problem
 
 
+# A value of every field of a model, and the model that takes it.
+FIELDS = {
+    "layers": ("cifar_resnet8", (2, 1, 1)),
+    "widths": ("cifar_resnet8", (8, 16, 24)),
+    "strides": ("cifar_resnet8", (2, 2, 1)),
+    "cifar_stem": ("cifar_resnet8", False),
+    "deep_stem": ("resnet18", True),
+    "stem_width": ("cifar_resnet8", 8),
+    "shortcut": ("cifar_resnet8", "average"),
+    "zero_init_residual": ("cifar_resnet8", True),
+    "groups": ("lab10_resnet50", 2),
+    "width_per_group": ("lab10_resnet50", 32),
+    "squeeze_excite": ("cifar_resnet8", True),
+    "norm": ("cifar_resnet8", "group"),
+    "dropout": ("cifar_wrn16_8", 0.1),
+    "stochastic_depth": ("cifar_resnet8", 0.1),
+    "scan_blocks": ("cifar_resnet20", True),
+}
+
+
+def test_every_field_of_a_model_can_be_set():
+    assert set(FIELDS) == set(default_config().model_fields)
+    for name, (model, value) in FIELDS.items():
+        config = default_config()
+        config.model = model
+        config.model_fields[name] = value
+        run = check_config(config)
+        assert getattr(fr.create_model(run.model, **run.model_fields), name) == value
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
