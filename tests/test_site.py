@@ -135,7 +135,10 @@ def test_tutorial(tutorial):
     assert {"curves.png", "metrics.jsonl", "checkpoints", "config.json", "dataset.json"} <= {
         path.name for path in (folder / "runs" / "first").iterdir()
     }
-    expected = r"It is a \d\nthe net says \[.*\] and it is \[.*\]\ndigit[.]png\n( +[\d.]+%  \d\n)+"
+    expected = (
+        r"It is a \d\nthe net says \[.*\] and it is \[.*\]\ntrained for 33 steps\n"
+        r"digit[.]png\n( +[\d.]+%  \d\n)+"
+    )
     assert re.fullmatch(expected, printed), printed
 
 
