@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.models.torch_resnet
 
@@ -64,34 +65,49 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     return run
 
 
-def torch_step(net: str, variant: str) -> Callable:
-    """A function of images [N, C, H, W] and labels that does a step in PyTorch."""
+def torch_net(net: str, variant: str, **fields) -> Any:
+    """PyTorch's twin of a net, on the device and in the layout of that variant."""
     import torch
 
     from tests.models import torch_resnet
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
-    model = torch_resnet.create(net).train().to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return torch_resnet.create(net, **fields).train().to(device).to(memory_format=layout)
+
+
+def torch_step(model: Any, optimizer: Any, variant: str, label_smoothing: float = 0.0) -> Callable:
+    """A function of images [N, C, H, W] and labels that does a step in PyTorch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.benchmark = True
     predict = torch.compile(model) if "compile" in variant else model
+    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def step(images, labels) -> None:
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = torch.nn.functional.cross_entropy(predict(images), labels)
+            loss = loss_of(predict(images), labels)
         loss.backward()
         optimizer.step()
 
     return step
 
 
-def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], None]:
+def torch_sgd(model: Any) -> Any:
+    """The optimizer of `prepare_ours`."""
+    import torch
+
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+def prepare_torch(net: str, batch_size: int, variant: str, fields: Any = ()) -> Callable:
     """As `prepare_ours`, in PyTorch."""
     import torch
 
-    step = torch_step(net, variant)
+    model = torch_net(net, variant, **dict(fields))
+    step = torch_step(model, torch_sgd(model), variant)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
     images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=layout)
@@ -157,11 +173,11 @@ class Worker:
         self.process.join()
 
 
-def best_variant(net: str, batch_size: int, huge_pages: bool) -> str:
+def best_variant(net: str, batch_size: int, huge_pages: bool, **fields) -> str:
     """The PyTorch variant with the shortest step."""
     seconds = {}
     for variant in VARIANTS:
-        worker = Worker(prepare_torch, net, batch_size, variant, huge_pages=huge_pages)
+        worker = Worker(prepare_torch, net, batch_size, variant, fields, huge_pages=huge_pages)
         seconds[variant] = statistics.median(worker.seconds_per_step() for _ in range(3))
         worker.stop()
         print(f"{net} {variant}: {batch_size / seconds[variant]:.0f} images/s", file=sys.stderr)

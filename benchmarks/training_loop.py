@@ -14,9 +14,12 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import train_step
+
+VARIANT = "compile channels_last"
 
 
 def ours(net: str, batch_size: int, steps: int) -> float:
@@ -25,46 +28,61 @@ def ours(net: str, batch_size: int, steps: int) -> float:
     return run_epoch(net, batch_size, steps, "resident")
 
 
-def torch_loop(net: str, batch_size: int, steps: int) -> float:
+def torch_data(dataset: Any, batch_size: int, crop_padding: int) -> Callable[[], Iterator[Any]]:
+    """A function that gives an epoch of batches, as ours make them, in PyTorch on the device."""
     import torch
 
-    import flax_resnet as fr
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dataset = fr.load_dataset("cifar10", f"train[:{batch_size * steps}]")
     images = torch.from_numpy(dataset.images).to(device).permute(0, 3, 1, 2)
     labels = torch.from_numpy(dataset.labels).long().to(device)
     mean, std = images.float().mean((0, 2, 3)), images.float().std((0, 2, 3))
-    # Black pixels around, as torchvision's RandomCrop(32, padding=4) has them.
-    images = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    step = train_step.torch_step(net, "compile channels_last")
+    # Black pixels around, as torchvision's RandomCrop has them.
+    padded = torch.nn.functional.pad(images, (crop_padding,) * 4)
+    places = 2 * crop_padding + 1
     pixels, channels = torch.arange(32, device=device), torch.arange(3, device=device)
 
-    def run() -> None:
+    def epoch():
         order = torch.randperm(len(images), device=device)
-        for index in order.split(batch_size):
-            top, left = torch.randint(9, (2, len(index), 1), device=device)
+        for index in order[: len(order) // batch_size * batch_size].split(batch_size):
+            top, left = torch.randint(places, (2, len(index), 1), device=device)
             columns = left + pixels
             flip = torch.rand(len(index), 1, device=device) < 0.5
             columns = torch.where(flip, columns.flip(1), columns)
-            batch = images[
+            batch = padded[
                 index[:, None, None, None],
                 channels[None, :, None, None],
                 (top + pixels)[:, None, :, None],
                 columns[:, None, None, :],
             ]
             batch = (batch.float() - mean[:, None, None]) / std[:, None, None]
-            step(batch.contiguous(memory_format=torch.channels_last), labels[index])
-        if device == "cuda":
+            yield batch.contiguous(memory_format=torch.channels_last), labels[index]
+
+    return epoch
+
+
+def torch_loop(net: str, batch_size: int, steps: int) -> float:
+    import torch
+
+    import flax_resnet as fr
+
+    dataset = fr.load_dataset("cifar10", f"train[:{batch_size * steps}]")
+    epoch = torch_data(dataset, batch_size, crop_padding=4)
+    model = train_step.torch_net(net, VARIANT)
+    step = train_step.torch_step(model, train_step.torch_sgd(model), VARIANT)
+
+    def run() -> None:
+        for batch in epoch():
+            step(*batch)
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
 
     run()
     started = time.perf_counter()
     run()
-    return len(images) / (time.perf_counter() - started)
+    return len(dataset) / (time.perf_counter() - started)
 
 
-def in_a_process(measure: Callable[..., float], *arguments) -> float:
+def in_a_process(measure: Callable, *arguments) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, arguments)
 

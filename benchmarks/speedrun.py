@@ -1,0 +1,145 @@
+"""Seconds of training of configs/cifar_speedrun.py, and what they reach, ours and PyTorch's.
+
+    TFDS_DATA_DIR=... python benchmarks/speedrun.py [--rounds 3] [--workdir runs/speedrun]
+
+Both train the recipe's net from the same weights with the same learning rates, weight decay,
+label smoothing and augmentation, the data on the device: ours by `fr.train`, PyTorch's with
+the fastest variant of train_step.py. They take turns, each run a process of its own, on a CPU
+with huge pages; round i has seed i. Seconds are of training, without what is compiled and
+evaluated; accuracies are of the whole test split, without test-time augmentation. A folder
+that holds a finished run of ours is taken as it is.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import runpy
+import statistics
+import time
+from pathlib import Path
+
+import train_step
+from training_loop import in_a_process, torch_data
+
+RECIPE = Path(__file__).parents[1] / "configs" / "cifar_speedrun.py"
+
+
+def recipe(seed: int):
+    config = runpy.run_path(str(RECIPE))["get_config"]()
+    config.seed = seed
+    return config
+
+
+def ours(seed: int, workdir: Path) -> tuple[float, float]:
+    """Seconds and accuracy of a run of ours."""
+    import flax_resnet as fr
+
+    config = recipe(seed)
+    fr.train(config, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    done = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    rates = [line["images_per_second"] for line in lines]
+    seconds = [config.batch_size * n / rate for n, rate in zip(done, rates, strict=True)]
+    return sum(seconds), lines[-1]["test_accuracy"]
+
+
+def torch_run(seed: int, variant: str) -> tuple[float, float]:
+    """Seconds and accuracy of a run of PyTorch's."""
+    from functools import partial
+
+    import jax
+    import torch
+
+    import flax_resnet as fr
+    from flax_resnet.data import channel_statistics
+    from flax_resnet.training.config import check_config
+    from flax_resnet.training.optimizer import learning_rate_schedule
+    from flax_resnet.training.programs import random_keys
+
+    config = check_config(recipe(seed))
+    torch.manual_seed(seed)
+    train, test = (fr.load_dataset(config.dataset, split) for split in ("train", "test"))
+    epoch = torch_data(train, config.batch_size, config.crop_padding)
+
+    net = fr.create_model(config.model, **config.model_fields)
+    variables = jax.jit(partial(net.init, train=False))(
+        random_keys(seed)[0], jax.numpy.zeros((1, *train.image_shape))
+    )
+    model = train_step.torch_net(config.model, variant, **config.model_fields)
+    of_others = config.weight_decay * config.decay_bn_and_bias
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": of_others},
+        ],
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+    step = train_step.torch_step(model, optimizer, variant, config.label_smoothing)
+    step(*next(epoch()))  # compiles
+    model.load_state_dict(fr.to_torch(net, variables))
+    optimizer.state.clear()
+
+    steps_per_epoch = len(train) // config.batch_size
+    total_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    schedule = jax.jit(
+        learning_rate_schedule(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    )
+    rates = [float(schedule(i)) for i in range(total_steps)]
+    batches = (batch for _ in itertools.count() for batch in epoch())
+    started = time.perf_counter()
+    for rate, batch in zip(rates, batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        step(*batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+
+    model.eval()
+    device = next(model.parameters()).device
+    mean, std = channel_statistics([train.images])
+    correct = 0
+    with torch.no_grad():
+        for at in range(0, len(test), 500):
+            images = (test.images[at : at + 500] / 255 - mean) / std
+            images = torch.from_numpy(images.transpose(0, 3, 1, 2)).float().to(device)
+            answers = model(images).argmax(1).cpu().numpy()
+            correct += int((answers == test.labels[at : at + 500]).sum())
+    return seconds, correct / len(test)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Our shortest training against PyTorch's.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/speedrun"), help="of our runs")
+    arguments = parser.parse_args()
+
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    config = recipe(0)
+    fields = {name: value for name, value in config.model_fields.items() if value is not None}
+    variant = train_step.best_variant(config.model, config.batch_size, huge_pages=on_cpu, **fields)
+    # glibc reads it when the process of a run starts.
+    os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={int(on_cpu)}"
+    print("| seed | ours, s | accuracy | PyTorch, s | accuracy | ratio |")
+    print("|---|---|---|---|---|---|", flush=True)
+    ratios = []
+    for seed in range(arguments.rounds):
+        our_seconds, our_accuracy = in_a_process(ours, seed, arguments.workdir / str(seed))
+        seconds, accuracy = in_a_process(torch_run, seed, variant)
+        ratios.append(seconds / our_seconds)
+        print(
+            f"| {seed} | {our_seconds:.0f} | {our_accuracy:.2%} "
+            f"| {seconds:.0f} ({variant}) | {accuracy:.2%} | {ratios[-1]:.2f} |",
+            flush=True,
+        )
+    print(f"median ratio: {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
