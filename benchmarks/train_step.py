@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
 
 def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     """A function that does that many steps and waits for the last."""
-    from functools import partial
-
     import jax
     import jax.numpy as jnp
 
@@ -65,29 +64,32 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     return run
 
 
-def torch_net(net: str, variant: str, **fields) -> Any:
-    """PyTorch's twin of a net, on the device and in the layout of that variant."""
+def torch_place(variant: str) -> dict[str, Any]:
+    """Device and layout of a variant's images and weights, as `Tensor.to` takes them."""
     import torch
 
+    layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
+    return {"device": "cuda" if torch.cuda.is_available() else "cpu", "memory_format": layout}
+
+
+def torch_net(net: str, variant: str, **fields) -> Any:
+    """PyTorch's twin of a net, where and as the variant has it."""
     from tests.models import torch_resnet
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
-    return torch_resnet.create(net, **fields).train().to(device).to(memory_format=layout)
+    return torch_resnet.create(net, **fields).train().to(**torch_place(variant))
 
 
 def torch_step(model: Any, optimizer: Any, variant: str, label_smoothing: float = 0.0) -> Callable:
     """A function of images [N, C, H, W] and labels that does a step in PyTorch."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     predict = torch.compile(model) if "compile" in variant else model
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def step(images, labels) -> None:
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             loss = loss_of(predict(images), labels)
         loss.backward()
         optimizer.step()
@@ -102,21 +104,19 @@ def torch_sgd(model: Any) -> Any:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def prepare_torch(net: str, batch_size: int, variant: str, fields: Any = ()) -> Callable:
+def prepare_torch(net: str, batch_size: int, variant: str, **fields) -> Callable[[int], None]:
     """As `prepare_ours`, in PyTorch."""
     import torch
 
-    model = torch_net(net, variant, **dict(fields))
+    model = torch_net(net, variant, **fields)
     step = torch_step(model, torch_sgd(model), variant)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layout = torch.channels_last if "channels_last" in variant else torch.contiguous_format
-    images = torch.randn(batch_size, 3, 32, 32).to(device, memory_format=layout)
-    labels = (torch.arange(batch_size) % 10).to(device)
+    images = torch.randn(batch_size, 3, 32, 32).to(**torch_place(variant))
+    labels = (torch.arange(batch_size) % 10).to(images.device)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             step(images, labels)
-        if device == "cuda":
+        if images.is_cuda:
             torch.cuda.synchronize()
 
     return run
@@ -177,7 +177,8 @@ def best_variant(net: str, batch_size: int, huge_pages: bool, **fields) -> str:
     """The PyTorch variant with the shortest step."""
     seconds = {}
     for variant in VARIANTS:
-        worker = Worker(prepare_torch, net, batch_size, variant, fields, huge_pages=huge_pages)
+        prepare = partial(prepare_torch, **fields)
+        worker = Worker(prepare, net, batch_size, variant, huge_pages=huge_pages)
         seconds[variant] = statistics.median(worker.seconds_per_step() for _ in range(3))
         worker.stop()
         print(f"{net} {variant}: {batch_size / seconds[variant]:.0f} images/s", file=sys.stderr)

@@ -28,14 +28,20 @@ def ours(net: str, batch_size: int, steps: int) -> float:
     return run_epoch(net, batch_size, steps, "resident")
 
 
-def torch_data(dataset: Any, batch_size: int, crop_padding: int) -> Callable[[], Iterator[Any]]:
-    """A function that gives an epoch of batches, as ours make them, in PyTorch on the device."""
+def torch_data(
+    dataset: Any, variant: str, *, batch_size: int, crop_padding: int
+) -> Callable[[], Iterator[Any]]:
+    """A function that gives an epoch of batches in PyTorch: shuffled, cropped, flipped."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    from flax_resnet.data import channel_statistics
+
+    place = train_step.torch_place(variant)
+    device = place["device"]
     images = torch.from_numpy(dataset.images).to(device).permute(0, 3, 1, 2)
     labels = torch.from_numpy(dataset.labels).long().to(device)
-    mean, std = images.float().mean((0, 2, 3)), images.float().std((0, 2, 3))
+    statistics = torch.tensor(channel_statistics([dataset.images]), device=device)
+    mean, std = 255 * statistics[..., None, None]
     # Black pixels around, as torchvision's RandomCrop has them.
     padded = torch.nn.functional.pad(images, (crop_padding,) * 4)
     places = 2 * crop_padding + 1
@@ -54,8 +60,7 @@ def torch_data(dataset: Any, batch_size: int, crop_padding: int) -> Callable[[],
                 (top + pixels)[:, None, :, None],
                 columns[:, None, None, :],
             ]
-            batch = (batch.float() - mean[:, None, None]) / std[:, None, None]
-            yield batch.contiguous(memory_format=torch.channels_last), labels[index]
+            yield ((batch.float() - mean) / std).to(**place), labels[index]
 
     return epoch
 
@@ -66,7 +71,7 @@ def torch_loop(net: str, batch_size: int, steps: int) -> float:
     import flax_resnet as fr
 
     dataset = fr.load_dataset("cifar10", f"train[:{batch_size * steps}]")
-    epoch = torch_data(dataset, batch_size, crop_padding=4)
+    epoch = torch_data(dataset, VARIANT, batch_size=batch_size, crop_padding=4)
     model = train_step.torch_net(net, VARIANT)
     step = train_step.torch_step(model, train_step.torch_sgd(model), VARIANT)
 

@@ -99,7 +99,7 @@ def evaluate(run: Run, data: Dataset | Source, *, flip: bool = False) -> Evaluat
     Args:
       run: its model, variables and `eval_batch_size` are used.
       data: see `open_test_set`.
-      flip: see `make_classifier`.
+      flip: take the mean of the logits of each image and of its mirror image.
 
     Raises:
       InputError: if the examples cannot be read.

@@ -249,9 +249,9 @@ VGGS = {
 
 
 def _twins() -> dict[str, Callable[..., nn.Module]]:
-    basic = {depth: partial(ResNet, BasicBlock, layers) for depth, layers in BASIC.items()}
+    basic = {depth: partial(ResNet, BasicBlock, layers=layers) for depth, layers in BASIC.items()}
     bottleneck = {
-        depth: partial(ResNet, Bottleneck, layers) for depth, layers in BOTTLENECK.items()
+        depth: partial(ResNet, Bottleneck, layers=layers) for depth, layers in BOTTLENECK.items()
     }
     twins: dict[str, Callable[..., nn.Module]] = {}
     for depth, net in (basic | bottleneck).items():
@@ -269,24 +269,28 @@ def _twins() -> dict[str, Callable[..., nn.Module]]:
             bottleneck[depth], groups=groups, width_per_group=width
         )
     for depth in (8, 20, 32, 44, 56, 110, 1202):
-        net = partial(ResNet, BasicBlock, ((depth - 2) // 6,) * 3, **THREE)
+        net = partial(ResNet, BasicBlock, layers=((depth - 2) // 6,) * 3, **THREE)
         twins[f"cifar_resnet{depth}"] = partial(net, shortcut="identity")
         if depth in (20, 32, 44, 56):
             twins[f"cifar_plain{depth}"] = partial(net, shortcut="none")
-    twins["cifar_preact_resnet18"] = partial(ResNet, PreActBasicBlock, BASIC[18], **SMALL)
+    twins["cifar_preact_resnet18"] = partial(ResNet, PreActBasicBlock, layers=BASIC[18], **SMALL)
     for depth in (164, 1001):
         layers = ((depth - 2) // 9,) * 3
-        twins[f"cifar_preact_resnet{depth}"] = partial(ResNet, PreActBottleneck, layers, **THREE)
+        twins[f"cifar_preact_resnet{depth}"] = partial(
+            ResNet, PreActBottleneck, layers=layers, **THREE
+        )
     for depth, times in ((16, 8), (28, 10)):
         fields = THREE | {"widths": (16 * times, 32 * times, 64 * times), "stem_width": 16}
         layers = ((depth - 4) // 6,) * 3
-        twins[f"cifar_wrn{depth}_{times}"] = partial(ResNet, PreActBasicBlock, layers, **fields)
+        twins[f"cifar_wrn{depth}_{times}"] = partial(
+            ResNet, PreActBasicBlock, layers=layers, **fields
+        )
     twins["lab10_resnet50"] = partial(
         bottleneck[50], widths=(16, 32, 64, 128), strides=(1, 1, 2, 2), **SMALL
     )
     for depth, layers in VGGS.items():
-        twins[f"vgg{depth}"] = partial(VGG, layers)
-        twins[f"vgg{depth}_bn"] = partial(VGG, layers, batch_norm=True)
+        twins[f"vgg{depth}"] = partial(VGG, layers=layers)
+        twins[f"vgg{depth}_bn"] = partial(VGG, layers=layers, batch_norm=True)
     return twins
 
 
