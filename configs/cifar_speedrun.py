@@ -1,8 +1,8 @@
-"""A wide ResNet-8 on CIFAR-10: the shortest training to 90% test accuracy that we found.
+"""A wide ResNet-8 on CIFAR-10, on the way to the shortest training to 90% on a CPU.
 
     python train.py --config configs/cifar_speedrun.py
 
-24 epochs, for 2 cores of a CPU, with one cycle of the learning rate. Ours: see docs/results.md.
+24 epochs with one cycle of the learning rate. It does not reach 90%: see docs/results.md.
 """
 
 from flax_resnet.training import default_config
