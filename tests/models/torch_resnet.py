@@ -68,18 +68,23 @@ class Block(nn.Module):
         shortcut: str = "projection",
         groups: int = 1,
         width_per_group: int = 64,
+        max_pool: bool = False,
         squeeze_excite: bool = False,
         norm: Norm = nn.BatchNorm2d,
     ):
         super().__init__()
         out_planes = planes * self.expansion
         width = planes * width_per_group // 64 * groups
+        conv_stride, pool_stride = (1, stride) if max_pool else (stride, 1)
+        # After the convolution that has the stride where nothing is pooled.
+        self.pool = nn.MaxPool2d(pool_stride, ceil_mode=True)
+        self.pooled = 1 if self.expansion == 1 else 2
         if self.expansion == 1:
-            convs = [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
+            convs = [conv3x3(inplanes, planes, conv_stride), conv3x3(planes, planes)]
         else:
             convs = [
                 conv1x1(inplanes, width),
-                conv3x3(width, width, stride, groups),
+                conv3x3(width, width, conv_stride, groups),
                 conv1x1(width, out_planes),
             ]
         self.count = len(convs)
@@ -106,10 +111,13 @@ class Block(nn.Module):
     def branch(self, x):
         for i in range(1, self.count + 1):
             conv, bn = self.get_submodule(f"conv{i}"), self.get_submodule(f"bn{i}")
-            if self.preactivation:
-                x = conv(x if i == 1 else functional.relu(bn(x)))
-            else:
-                x = bn(conv(x))
+            if self.preactivation and i > 1:
+                x = functional.relu(bn(x))
+            x = conv(x)
+            if i == self.pooled:
+                x = self.pool(x)
+            if not self.preactivation:
+                x = bn(x)
                 x = functional.relu(x) if i < self.count else x
         return x if self.se is None else self.se(x)
 

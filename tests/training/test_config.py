@@ -155,6 +155,7 @@ FIELDS = {
     "zero_init_residual": ("cifar_resnet8", True),
     "groups": ("lab10_resnet50", 2),
     "width_per_group": ("lab10_resnet50", 32),
+    "max_pool": ("cifar_resnet8", True),
     "squeeze_excite": ("cifar_resnet8", True),
     "norm": ("cifar_resnet8", "group"),
     "dropout": ("cifar_wrn16_8", 0.1),
