@@ -15,7 +15,7 @@ import numpy as np
 
 from flax_resnet.data import normalize
 from flax_resnet.errors import InputError
-from flax_resnet.models import VGG, ResNet
+from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import programs
 from flax_resnet.training import workdir as files
@@ -69,7 +69,7 @@ class Run:
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    model: ResNet | VGG
+    model: Model
     variables: dict[str, Any]
     step: int
     test_accuracy: float | None

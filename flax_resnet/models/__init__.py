@@ -52,6 +52,7 @@ from flax_resnet.models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from flax_resnet.models.resnet9 import ResNet9, cifar_resnet9
 from flax_resnet.models.summary import summary
 from flax_resnet.models.torch_weights import from_torch, to_torch
 from flax_resnet.models.vgg import (
@@ -74,6 +75,7 @@ __all__ = [
     "PreActBasicBlock",
     "PreActBottleneck",
     "ResNet",
+    "ResNet9",
     "cifar_plain20",
     "cifar_plain32",
     "cifar_plain44",
@@ -82,6 +84,7 @@ __all__ = [
     "cifar_preact_resnet164",
     "cifar_preact_resnet1001",
     "cifar_resnet8",
+    "cifar_resnet9",
     "cifar_resnet18",
     "cifar_resnet20",
     "cifar_resnet32",

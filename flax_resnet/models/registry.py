@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, overload
 
-from flax_resnet.models import resnet, vgg
+from flax_resnet.models import resnet, resnet9, vgg
 from flax_resnet.models.weights import pretrained
 
-Model = resnet.ResNet | vgg.VGG
+Model = resnet.ResNet | resnet9.ResNet9 | vgg.VGG
 
-# Every variant that the two files define, in their order.
+# Every variant that the three files define, in their order.
 _MODELS: dict[str, Callable[..., Model]] = {
     name: value
-    for module in (resnet, vgg)
+    for module in (resnet, resnet9, vgg)
     for name, value in vars(module).items()
     if isinstance(value, partial) and not name.startswith("_")
 }
@@ -41,7 +41,7 @@ def create_model(
       weights: path of a `.safetensors`, `.pth` or `.pt` file, or id of a Hugging Face Hub
         repository, such as "timm/resnet18.a1_in1k". If they are for another number of
         classes, the classifier starts anew, and a warning in the log says so.
-      **fields: fields of `ResNet` or `VGG` to set: num_classes, dtype, ...
+      **fields: fields of `ResNet`, `ResNet9` or `VGG` to set: num_classes, dtype, ...
 
     Returns:
       The model; with `weights` (model, variables), as `from_torch` gives them.

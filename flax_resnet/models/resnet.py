@@ -14,14 +14,13 @@ towards the biased one.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import partial
 from operator import itemgetter
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
@@ -195,44 +194,6 @@ def _relu_jvp(primals, tangents):
     return out, jnp.where(out > 0, tangents[0], 0)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def max_pool2d(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n oh ow c"]:
-    """Maxima over size x size pixels, as torch.nn.MaxPool2d(size, ceil_mode=True).
-
-    Args:
-      x: [N, H, W, C].
-      size: height and width of the window, and its stride.
-
-    Returns:
-      [N, ceil(H / size), ceil(W / size), C]; of equal pixels the first takes the gradient.
-    """
-    windows = _windows(x, size, -jnp.inf)
-    return reduce(jnp.maximum, [windows[:, :, i, :, j] for i, j in np.ndindex(size, size)])
-
-
-@max_pool2d.defjvp
-def _max_pool2d_jvp(size, primals, tangents):
-    # By the place of each maximum: XLA:CPU takes forty times as long for the gradient of
-    # its own windows.
-    (x,), (tangent,) = primals, tangents
-    out = max_pool2d(x, size)
-    windows = _windows(x, size, -jnp.inf)
-    place = jnp.zeros(out.shape, jnp.int32)
-    for i, j in reversed(list(np.ndindex(size, size))):
-        place = jnp.where(windows[:, :, i, :, j] == out, i * size + j, place)
-    places = jnp.arange(size * size).reshape(1, 1, size, 1, size, 1)
-    is_maximum = place[:, :, None, :, None] == places
-    return out, jnp.where(is_maximum, _windows(tangent, size, 0), 0).sum((2, 4))
-
-
-def _windows(x: jax.Array, size: int, filling: float) -> jax.Array:
-    """[N, H, W, C] as [N, ceil(H / size), size, ceil(W / size), size, C]."""
-    n, h, w, c = x.shape
-    padding = ((0, 0), (0, -h % size), (0, -w % size), (0, 0))
-    x = jnp.pad(x, padding, constant_values=filling)
-    return x.reshape(n, -(-h // size), size, -(-w // size), size, c)
-
-
 class SqueezeExcite(nn.Module):
     """Scales every channel by a factor that the means of all channels decide.
 
@@ -335,9 +296,6 @@ class ResidualBlock(nn.Module):
       groups, width_per_group: of a bottleneck's 3x3 convolution, which has
         planes * width_per_group / 64 * groups channels in that many groups; torchvision's
         names for ResNeXt (Xie et al., arXiv:1611.05431) and wide ResNets.
-      max_pool: give the convolution that has the block's stride none, and in its place take
-        the maxima of stride x stride pixels of its output, as Page's nets do ("How to Train
-        Your ResNet 8: Bag of Tricks", 2019).
       squeeze_excite: end the residual branch with `SqueezeExcite`.
       stochastic_depth: probability that training leaves the residual branch of an example
         out; what stays is scaled up to keep the mean. Needs the rng "dropout".
@@ -354,7 +312,6 @@ class ResidualBlock(nn.Module):
     zero_init_residual: bool = False
     groups: int = 1
     width_per_group: int = 64
-    max_pool: bool = False
     squeeze_excite: bool = False
     stochastic_depth: float | jax.Array = 0.0
     norm: Norm = BatchNorm
@@ -376,13 +333,6 @@ class ResidualBlock(nn.Module):
     def _drops_branch(self) -> bool:
         # Under scan_blocks the rate is traced.
         return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
-
-    def _strided_conv3x3(
-        self, x: Float[Array, "n h w c"], **kwargs
-    ) -> Float[Array, "n oh ow {self._width()}"]:
-        if not self.max_pool:
-            return conv3x3(self._width(), self.stride, dtype=self.dtype, **kwargs)(x)
-        return max_pool2d(conv3x3(self._width(), dtype=self.dtype, **kwargs)(x), self.stride)
 
     def _shortcut(
         self, x: Float[Array, "n h w c"], train: bool
@@ -437,7 +387,7 @@ class BasicBlock(ResidualBlock):
         norm = partial(self.norm, train, dtype=dtype)
         identity = self._shortcut(x, train)
 
-        out = self._strided_conv3x3(x, name="conv1")
+        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(x)
         out = norm(name="bn1")(out)
         out = relu(out)
 
@@ -468,7 +418,7 @@ class Bottleneck(ResidualBlock):
         out = norm(name="bn1")(out)
         out = relu(out)
 
-        out = self._strided_conv3x3(out, groups=self.groups, name="conv2")
+        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
         out = norm(name="bn2")(out)
         out = relu(out)
 
@@ -506,7 +456,7 @@ class PreActBasicBlock(ResidualBlock):
         out = relu(norm(name="bn1")(x))
         changes = self.stride != 1 or x.shape[-1] != self.planes
         identity = self._shortcut(out if changes else x, train)
-        out = self._strided_conv3x3(out, name="conv1")
+        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(out)
 
         out = relu(norm(name="bn2")(out))
         out = nn.Dropout(self.dropout, deterministic=not train)(out)
@@ -535,7 +485,7 @@ class PreActBottleneck(ResidualBlock):
         out = conv1x1(width, dtype=dtype, name="conv1")(out)
 
         out = relu(norm(name="bn2")(out))
-        out = self._strided_conv3x3(out, groups=self.groups, name="conv2")
+        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
 
         out = relu(norm(name="bn3")(out))
         out = conv1x1(out_planes, dtype=dtype, name="conv3")(out)
@@ -571,7 +521,7 @@ class ResNet(nn.Module):
       deep_stem: three 3x3 convolutions in place of the 7x7 one, the first two with half of
         the stem's channels (ResNet-C of He et al., arXiv:1812.01187, section 4.2).
       stem_width: channels of the stem's output; None for those of the first stage.
-      groups, width_per_group, max_pool, squeeze_excite: see `ResidualBlock`.
+      groups, width_per_group, squeeze_excite: see `ResidualBlock`.
       norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay.
       dropout: see `PreActBasicBlock`; no other block has it.
       stochastic_depth: that of the last block; the l-th of L blocks has l / L of it
@@ -602,7 +552,6 @@ class ResNet(nn.Module):
     stem_width: int | None = None
     groups: int = 1
     width_per_group: int = 64
-    max_pool: bool = False
     squeeze_excite: bool = False
     norm: str = "batch"
     dropout: float = 0.0
@@ -650,7 +599,6 @@ class ResNet(nn.Module):
             zero_init_residual=self.zero_init_residual,
             groups=self.groups,
             width_per_group=self.width_per_group,
-            max_pool=self.max_pool,
             squeeze_excite=self.squeeze_excite,
             norm=norm,
             dtype=self.dtype,

@@ -43,7 +43,7 @@ def from_torch(
     """The variables of `model` with a PyTorch model's weights.
 
     Args:
-      model: a `ResNet`, a `VGG` or a block.
+      model: a `ResNet`, `ResNet9`, `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
         channels; values are tensors or arrays. num_batches_tracked is left out. Or the path
         or Hub id of one, see `read_state_dict`.
@@ -93,7 +93,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     where a BatchNorm has momentum=None.
 
     Args:
-      model: a `ResNet`, a `VGG` or a block.
+      model: a `ResNet`, `ResNet9`, `VGG` or a block.
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
     """
     import torch

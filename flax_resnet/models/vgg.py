@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flax_resnet.models.freezing import has_frozen_statistics
-from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, max_pool2d, relu
+from flax_resnet.models.pooling import max_pool2d
+from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
 
 class VGG(nn.Module):
@@ -71,8 +72,7 @@ class VGG(nn.Module):
                     x = bn(name=f"features_{index}")(x)
                 x = relu(x)
                 index += 2
-            height, width = (size // 2 * 2 for size in x.shape[1:3])
-            x = max_pool2d(x[:, :height, :width], 2)
+            x = max_pool2d(x, 2)
             index += 1
             outputs[f"layer{stage}"] = x
 

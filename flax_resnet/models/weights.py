@@ -58,7 +58,7 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
     without one have 0 classes.
 
     Args:
-      model: a `ResNet` or `VGG`.
+      model: a `ResNet`, `ResNet9` or `VGG`.
       source: see `read_state_dict`.
 
     Raises:
@@ -95,7 +95,7 @@ def fit_weights(
     """A model's variables by their paths, but the classifier where the classes are not as many.
 
     Args:
-      model: a `ResNet` or `VGG`.
+      model: a `ResNet`, `ResNet9` or `VGG`.
       state_dict: see `from_torch`.
 
     Returns:

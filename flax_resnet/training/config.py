@@ -49,7 +49,7 @@ class Config:
     crop_padding: int = 4
     horizontal_flip: bool = True
 
-    # One of fr.list_models(), and the fields of ResNet or VGG that differ from its own.
+    # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that differ from its own.
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
     # Type of the compute; "auto" is bfloat16 on GPU and TPU and float32 on CPU.

@@ -21,7 +21,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError
-from flax_resnet.models import VGG, ResNet, native, stack_blocks, unstack_blocks
+from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
+from flax_resnet.models.registry import Model
 from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
@@ -99,7 +100,7 @@ class _Run:
     workdir: Path
     mesh: Mesh
     data: Data
-    model: ResNet | VGG
+    model: Model
     initial: Weights
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, normalize
 from flax_resnet.errors import InputError
-from flax_resnet.models import VGG, ResNet, create_model
+from flax_resnet.models.registry import Model, create_model
 from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, train_step
 
@@ -58,7 +58,7 @@ def by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def build_model(config: Config, num_classes: int, mesh: Mesh) -> ResNet | VGG:
+def build_model(config: Config, num_classes: int, mesh: Mesh) -> Model:
     """The model of a config; dtype "auto" is bfloat16 on GPU and TPU."""
     dtype = config.dtype
     if dtype == "auto":

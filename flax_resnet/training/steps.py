@@ -49,7 +49,7 @@ def create_state(
     """The state before the first step.
 
     Args:
-      model: a ResNet or VGG.
+      model: a ResNet, ResNet9 or VGG.
       optimizer: see `sgd`.
       key: of the initial weights.
       image_shape: (H, W, C).
@@ -216,7 +216,7 @@ def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:
       state: its parameters and running statistics are used.
       batch: "image" and "label" as in `train_step`; "mask", bool [N], False for
         examples that only fill the batch.
-      model: a ResNet or VGG.
+      model: a ResNet, ResNet9 or VGG.
 
     Returns:
       "loss", float32 [], and "correct" and "count", int32 [].

@@ -1,7 +1,7 @@
 """The PyTorch nets that ours are compared with, in the names of torchvision and timm.
 
-The seed's classes, with what ResNeXt, ResNet-D, squeeze-and-excitation, pre-activation and
-VGG add to them; no stochastic depth, and dropout in VGG alone.
+The seed's classes, with what ResNeXt, ResNet-D, squeeze-and-excitation, pre-activation,
+ResNet-9 and VGG add to them; no stochastic depth, and dropout in VGG alone.
 """
 
 from collections.abc import Callable
@@ -68,23 +68,18 @@ class Block(nn.Module):
         shortcut: str = "projection",
         groups: int = 1,
         width_per_group: int = 64,
-        max_pool: bool = False,
         squeeze_excite: bool = False,
         norm: Norm = nn.BatchNorm2d,
     ):
         super().__init__()
         out_planes = planes * self.expansion
         width = planes * width_per_group // 64 * groups
-        conv_stride, pool_stride = (1, stride) if max_pool else (stride, 1)
-        # After the convolution that has the stride where nothing is pooled.
-        self.pool = nn.MaxPool2d(pool_stride, ceil_mode=True)
-        self.pooled = 1 if self.expansion == 1 else 2
         if self.expansion == 1:
-            convs = [conv3x3(inplanes, planes, conv_stride), conv3x3(planes, planes)]
+            convs = [conv3x3(inplanes, planes, stride), conv3x3(planes, planes)]
         else:
             convs = [
                 conv1x1(inplanes, width),
-                conv3x3(width, width, conv_stride, groups),
+                conv3x3(width, width, stride, groups),
                 conv1x1(width, out_planes),
             ]
         self.count = len(convs)
@@ -111,13 +106,10 @@ class Block(nn.Module):
     def branch(self, x):
         for i in range(1, self.count + 1):
             conv, bn = self.get_submodule(f"conv{i}"), self.get_submodule(f"bn{i}")
-            if self.preactivation and i > 1:
-                x = functional.relu(bn(x))
-            x = conv(x)
-            if i == self.pooled:
-                x = self.pool(x)
-            if not self.preactivation:
-                x = bn(x)
+            if self.preactivation:
+                x = conv(x if i == 1 else functional.relu(bn(x)))
+            else:
+                x = bn(conv(x))
                 x = functional.relu(x) if i < self.count else x
         return x if self.se is None else self.se(x)
 
@@ -209,6 +201,30 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class ResNet9(nn.Module):
+    def __init__(self, num_classes: int = 10, widths: tuple[int, ...] = (64, 128, 256, 512)):
+        super().__init__()
+        self.conv1 = conv3x3(3, widths[0])
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.conv2 = conv3x3(widths[0], widths[1])
+        self.bn2 = nn.BatchNorm2d(widths[1])
+        self.block1 = BasicBlock(widths[1], widths[1])
+        self.conv3 = conv3x3(widths[1], widths[2])
+        self.bn3 = nn.BatchNorm2d(widths[2])
+        self.conv4 = conv3x3(widths[2], widths[3])
+        self.bn4 = nn.BatchNorm2d(widths[3])
+        self.block3 = BasicBlock(widths[3], widths[3])
+        self.fc = nn.Linear(widths[3], num_classes, bias=False)
+
+    def forward(self, x):
+        pool, relu = nn.MaxPool2d(2), functional.relu
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.block1(relu(self.bn2(pool(self.conv2(x)))))
+        x = relu(self.bn3(pool(self.conv3(x))))
+        x = self.block3(relu(self.bn4(pool(self.conv4(x)))))
+        return self.fc(x.amax((2, 3))) / 8
+
+
 class VGG(nn.Module):
     def __init__(
         self,
@@ -296,6 +312,7 @@ def _twins() -> dict[str, Callable[..., nn.Module]]:
     twins["lab10_resnet50"] = partial(
         bottleneck[50], widths=(16, 32, 64, 128), strides=(1, 1, 2, 2), **SMALL
     )
+    twins["cifar_resnet9"] = ResNet9
     for depth, layers in VGGS.items():
         twins[f"vgg{depth}"] = partial(VGG, layers=layers)
         twins[f"vgg{depth}_bn"] = partial(VGG, layers=layers, batch_norm=True)
