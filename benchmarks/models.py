@@ -26,6 +26,7 @@ ORIGINS = {
         "Simonyan and Zisserman, [1409.1556](https://arxiv.org/abs/1409.1556)",
         "torchvision",
     ),
+    r"cifar_resnet9": ("Page 2018, How to Train Your ResNet", "none"),
     r"cifar_preact.*": ("He et al. 2016, [1603.05027](https://arxiv.org/abs/1603.05027)", "none"),
     r"cifar_wrn.*": (WIDE, "none"),
     r"lab10.*": ("the lesson Lab10-6", "none"),

@@ -25,6 +25,7 @@ PROGRAM = """
         fr.ResNet(fr.Bottleneck, (1, 1), deep_stem=True, shortcut="average", groups=2, **small),
         fr.ResNet(fr.PreActBasicBlock, (1, 1), shortcut="none", norm="group", **small),
         fr.ResNet(fr.PreActBottleneck, (1, 1), stochastic_depth=0.1, dtype=jnp.bfloat16, **small),
+        fr.ResNet9(widths=(8, 8, 16, 16)),
         fr.VGG((1, 1), widths=(8, 16), hidden=8, batch_norm=True),
     ]
 

@@ -1,4 +1,4 @@
-"""What the fields of ResNet and VGG do, beyond what parity with PyTorch shows."""
+"""What the fields of ResNet, ResNet9 and VGG do, beyond what parity with PyTorch shows."""
 
 from functools import partial
 from typing import Any
@@ -97,6 +97,24 @@ def test_without_a_classifier_the_pooled_features_come_out(rng):
     assert headless.apply(variables, x, train=False, features=True).keys() == {
         *("stem", "layer1", "layer2", "pooled")
     }
+
+
+def test_resnet9_has_features_too(rng):
+    x = images_of(rng)
+    model: Any = fr.ResNet9(num_classes=5, widths=(8, 12, 16, 24))
+    variables = init(model, x)
+    features = model.apply(variables, x, train=False, features=True)
+    assert {name: value.shape for name, value in features.items()} == {
+        "stem": (4, 8, 8, 8),
+        "layer1": (4, 4, 4, 12),
+        "layer2": (4, 2, 2, 16),
+        "layer3": (4, 1, 1, 24),
+        "pooled": (4, 24),
+        "logits": (4, 5),
+    }
+    np.testing.assert_array_equal(features["logits"], model.apply(variables, x, train=False))
+    pooled = model.clone(num_classes=0).apply(variables, x, train=False)
+    np.testing.assert_array_equal(pooled, features["pooled"])
 
 
 def test_vgg_has_features_too(rng):
@@ -241,6 +259,21 @@ def test_fields_that_make_no_sense_are_refused(fields, message):
     model = small(**fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "message"),
+    [
+        ({}, (32, 32, 3), r"\[N, H, W, C\]"),
+        ({}, (1, 32, 7, 3), "8 pixels a side or more, not 32x7"),
+        ({"widths": (8, 16, 32)}, (1, 32, 32, 3), "widths are those of 4 parts, not 3"),
+        ({"num_classes": -1}, (1, 32, 32, 3), "num_classes .* not -1"),
+    ],
+)
+def test_resnet9_refuses_too(fields, shape, message):
+    model = fr.cifar_resnet9(**fields)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
 
 
 @pytest.mark.parametrize(
