@@ -99,35 +99,36 @@ def test_without_a_classifier_the_pooled_features_come_out(rng):
     }
 
 
-def test_resnet9_has_features_too(rng):
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (
+            fr.ResNet9(num_classes=5, widths=(8, 12, 16, 24)),
+            {
+                "stem": (4, 8, 8, 8),
+                "layer1": (4, 4, 4, 12),
+                "layer2": (4, 2, 2, 16),
+                "layer3": (4, 1, 1, 24),
+                "pooled": (4, 24),
+                "logits": (4, 5),
+            },
+        ),
+        (
+            fr.VGG((1, 1), num_classes=5, widths=(8, 16), hidden=12),
+            {
+                "layer1": (4, 4, 4, 8),
+                "layer2": (4, 2, 2, 16),
+                "pooled": (4, 12),
+                "logits": (4, 5),
+            },
+        ),
+    ],
+)
+def test_resnet9_and_vgg_have_features_too(model, shapes, rng):
     x = images_of(rng)
-    model: Any = fr.ResNet9(num_classes=5, widths=(8, 12, 16, 24))
     variables = init(model, x)
     features = model.apply(variables, x, train=False, features=True)
-    assert {name: value.shape for name, value in features.items()} == {
-        "stem": (4, 8, 8, 8),
-        "layer1": (4, 4, 4, 12),
-        "layer2": (4, 2, 2, 16),
-        "layer3": (4, 1, 1, 24),
-        "pooled": (4, 24),
-        "logits": (4, 5),
-    }
-    np.testing.assert_array_equal(features["logits"], model.apply(variables, x, train=False))
-    pooled = model.clone(num_classes=0).apply(variables, x, train=False)
-    np.testing.assert_array_equal(pooled, features["pooled"])
-
-
-def test_vgg_has_features_too(rng):
-    x = images_of(rng)
-    model: Any = fr.VGG((1, 1), num_classes=5, widths=(8, 16), hidden=12)
-    variables = init(model, x)
-    features = model.apply(variables, x, train=False, features=True)
-    assert {name: value.shape for name, value in features.items()} == {
-        "layer1": (4, 4, 4, 8),
-        "layer2": (4, 2, 2, 16),
-        "pooled": (4, 12),
-        "logits": (4, 5),
-    }
+    assert {name: value.shape for name, value in features.items()} == shapes
     np.testing.assert_array_equal(features["logits"], model.apply(variables, x, train=False))
     pooled = model.clone(num_classes=0).apply(variables, x, train=False)
     np.testing.assert_array_equal(pooled, features["pooled"])
