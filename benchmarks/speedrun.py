@@ -63,7 +63,11 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
     torch.manual_seed(seed)
     train, test = (fr.load_dataset(config.dataset, split) for split in ("train", "test"))
     epoch = torch_data(
-        train, variant, batch_size=config.batch_size, crop_padding=config.crop_padding
+        train,
+        variant,
+        batch_size=config.batch_size,
+        crop_padding=config.crop_padding,
+        cutout=config.cutout,
     )
 
     net = fr.create_model(config.model, **config.model_fields)

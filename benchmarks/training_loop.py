@@ -29,9 +29,9 @@ def ours(net: str, batch_size: int, steps: int) -> float:
 
 
 def torch_data(
-    dataset: Any, variant: str, *, batch_size: int, crop_padding: int
+    dataset: Any, variant: str, *, batch_size: int, crop_padding: int, cutout: int = 0
 ) -> Callable[[], Iterator[Any]]:
-    """A function that gives an epoch of batches in PyTorch: shuffled, cropped, flipped."""
+    """A function that gives an epoch of batches in PyTorch: shuffled, cropped, flipped, hidden."""
     import torch
 
     from flax_resnet.data import channel_statistics
@@ -60,7 +60,13 @@ def torch_data(
                 (top + pixels)[:, None, :, None],
                 columns[:, None, None, :],
             ]
-            yield ((batch.float() - mean) / std).to(**place), labels[index]
+            batch = (batch.float() - mean) / std
+            if cutout:
+                first = torch.randint(32, (2, len(index), 1), device=device) - cutout // 2
+                covered = (first <= pixels) & (pixels < first + cutout)
+                hidden = covered[0][:, None, :, None] & covered[1][:, None, None, :]
+                batch = batch.masked_fill(hidden, 0.0)  # the mean
+            yield batch.to(**place), labels[index]
 
     return epoch
 

@@ -16,8 +16,10 @@ def augment(
     *,
     crop_padding: int,
     flip: bool,
+    cutout: int = 0,
+    fill: Sequence[float] = (0.0,),
 ) -> Shaped[Array, "n h w c"]:
-    """A random crop and a random horizontal flip of each image.
+    """A random crop, a random horizontal flip and cutout of each image.
 
     What an image becomes depends on `key` and its own index alone, so not on the batch
     that it stands in or on the number of devices.
@@ -30,14 +32,21 @@ def augment(
         uniform over all (2 * crop_padding + 1) ** 2; 0 for none. Like torchvision's
         RandomCrop(H, padding=crop_padding), before normalisation.
       flip: whether half of the images are mirrored left to right.
+      cutout: pixels a side of a square that is hidden, with its centre uniform over the
+        pixels of the image, so that a part of it may lie outside; 0 for none. (T. DeVries and
+        G. W. Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
+        2017, section 3.)
+      fill: the hidden pixels' value in each channel, in units of full white; the mean of the
+        data set in the paper.
 
     Returns:
       Images of the same shape and dtype.
     """
     images, index = jnp.asarray(images), jnp.asarray(index)
     keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-    # One draw of 32 bits for each decision: row, column, side.
-    row, column, side = jax.vmap(partial(jax.random.bits, shape=(3,)))(keys).T
+    # One draw of 32 bits for each decision: row, column, side; row and column of the square.
+    draws = jax.vmap(partial(jax.random.bits, shape=(5 if cutout else 3,)))(keys).T
+    row, column, side = draws[:3]
     if crop_padding:
         places = 2 * crop_padding + 1
         pad = (crop_padding, crop_padding)
@@ -47,7 +56,25 @@ def augment(
         images = jax.vmap(lambda image, *at: crop(image, at))(padded, *start)
     if flip:
         images = jnp.where((side % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
+    if cutout:
+        hide = partial(_hide_square, side=cutout, colour=jnp.round(255 * jnp.float32(fill)))
+        images = jax.vmap(hide)(images, *draws[3:])
     return images
+
+
+def _hide_square(
+    image: jax.Array, row: jax.Array, column: jax.Array, *, side: int, colour: jax.Array
+) -> jax.Array:
+    """An image, [H, W, C], with a square of one colour around a pixel."""
+
+    def covered(draw, size):
+        first = jnp.int32(draw % size) - side // 2
+        pixels = jnp.arange(size)
+        return (first <= pixels) & (pixels < first + side)
+
+    height, width, _ = image.shape
+    hidden = covered(row, height)[:, None, None] & covered(column, width)[None, :, None]
+    return jnp.where(hidden, colour.astype(image.dtype).reshape(1, 1, -1), image)
 
 
 def normalize(

@@ -48,6 +48,8 @@ class Config:
     # Pixels of black added on every side before a random crop; 0 for no crop.
     crop_padding: int = 4
     horizontal_flip: bool = True
+    # Pixels a side of a square hidden at a random place of every training image; 0 for none.
+    cutout: int = 0
 
     # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that differ from its own.
     model: str = "cifar_resnet18"
@@ -120,6 +122,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_feed": (lambda v: v in DATA_FEEDS, f"one of {', '.join(DATA_FEEDS)}"),
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
+    "cutout": (lambda v: v >= 0, "at least 0"),
     "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "accumulation_steps": (lambda v: v >= 1, "at least 1"),

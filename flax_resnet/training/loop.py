@@ -259,7 +259,8 @@ def _first_inputs(run: _Run, rollbacks: int) -> np.ndarray:
     """The first training images as the model sees them in its first epoch."""
     train, index = run.data.train, np.arange(min(_IMAGES_SHOWN, len(run.data.train)))
     images = train.images[index] if isinstance(train, Dataset) else train.read(index)[0]
-    return np.asarray(jax.jit(programs.make_augment(run.config, rollbacks))(images, index, 0))
+    augment = programs.make_augment(run.config, run.data.statistics, rollbacks)
+    return np.asarray(jax.jit(augment)(images, index, 0))
 
 
 def _open_feed(

@@ -76,12 +76,13 @@ def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def make_augment(
-    config: Config, rollbacks: int = 0
+    config: Config, statistics: Statistics, rollbacks: int = 0
 ) -> Callable[[ArrayLike, ArrayLike, ArrayLike], jax.Array]:
     """(images, index, epoch) -> images: `augment`, as it is in that epoch of a run.
 
     Args:
       config: see `Config`.
+      statistics: mean and std of each channel; what cutout hides gets the mean.
       rollbacks: how often the run has gone back; each gives other augmentation.
     """
     _, key = random_keys(config.seed)
@@ -95,6 +96,8 @@ def make_augment(
             jax.random.fold_in(key, epoch),
             crop_padding=config.crop_padding,
             flip=config.horizontal_flip,
+            cutout=config.cutout,
+            fill=statistics[0],
         )
 
     return in_epoch
@@ -121,7 +124,7 @@ def make_train_step(
       steps_per_epoch: steps after which augmentation begins anew.
       rollbacks: how often the run has gone back; each gives other augmentation and dropout.
     """
-    augment_in_epoch = make_augment(config, rollbacks)
+    augment_in_epoch = make_augment(config, statistics, rollbacks)
     init_key, _ = random_keys(config.seed)
     dropout_key = jax.random.fold_in(init_key, 1)
     if rollbacks:

@@ -1,4 +1,6 @@
-"""Crops, flips and normalisation of a batch."""
+"""Crops, flips, cutout and normalisation of a batch."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +62,39 @@ def test_without_crop_images_are_flipped_or_left(rng):
     np.testing.assert_array_equal(out, images)
 
 
+@pytest.mark.parametrize("side", [1, 3, 4])
+def test_cutout_hides_a_square_around_every_pixel_equally_often(rng, side):
+    size = 5
+    masks = {}
+    for row in range(size):
+        for column in range(size):
+            top, left = row - side // 2, column - side // 2
+            mask = np.zeros((size, size), bool)
+            mask[max(top, 0) : top + side, max(left, 0) : left + side] = True
+            masks[mask.tobytes()] = mask
+    assert len(masks) == size**2
+    count, fill = 5000, (0.5, 0.4, 0.3)
+    images = random_images(rng, count, size) // 8  # darker than the fill
+    out = np.asarray(
+        augment(images, np.arange(count), KEY, crop_padding=0, flip=False, cutout=side, fill=fill)
+    )
+    hidden = (out == np.array([128, 102, 76], np.uint8)).all(-1)
+    np.testing.assert_array_equal(out[~hidden], images[~hidden])
+    seen = [x.tobytes() for x in hidden]
+    assert set(seen) <= set(masks)
+    counts = np.array([seen.count(mask) for mask in masks])
+    # Chi-squared with 24 degrees of freedom exceeds 51.2 once in a thousand.
+    assert ((counts - 200) ** 2 / 200).sum() < 51.2
+
+
 def test_an_image_depends_on_its_index_and_the_key_alone(rng):
     images, index = random_images(rng, 32), np.arange(100, 132)
-    out = augment(images, index, KEY, crop_padding=4, flip=True)
+    run = partial(augment, crop_padding=4, flip=True, cutout=3)
+    out = run(images, index, KEY)
     order = rng.permutation(32)[:8]
-    part = augment(images[order], index[order], KEY, crop_padding=4, flip=True)
-    np.testing.assert_array_equal(part, out[order])
+    np.testing.assert_array_equal(run(images[order], index[order], KEY), out[order])
     for other_index, key in ((index + 1, KEY), (index, jax.random.fold_in(KEY, 1))):
-        other = augment(images, other_index, key, crop_padding=4, flip=True)
+        other = run(images, other_index, key)
         assert (np.asarray(other) != out).any((1, 2, 3)).mean() > 0.9
 
 

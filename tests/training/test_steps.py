@@ -309,6 +309,17 @@ def test_the_step_picks_its_batch_from_the_order(rng):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+def test_cutout_hides_pixels_behind_the_mean(rng):
+    config = Config(cutout=3, crop_padding=0, horizontal_flip=False)
+    images = random_dataset(rng, count=20).images
+    statistics = channel_statistics([images])
+    out = np.asarray(programs.make_augment(config, statistics)(images, np.arange(20), 0))
+    changed = (out != images).any(-1)
+    assert ((changed.sum((1, 2)) >= 4) & (changed.sum((1, 2)) <= 9)).all()
+    colours = np.unique(out[changed], axis=0)
+    np.testing.assert_array_equal(colours, np.round(255 * np.array(statistics[:1])))
+
+
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(40, 16, 1), (41, 8, 8), (5, 64, 2)])
 def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     dataset = random_dataset(rng, count)
