@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -145,7 +146,10 @@ def main() -> None:
             runs: list[Any] = [(ours, seed, (arguments.workdir or Path(temporary)) / str(seed))]
             # The machine's speed drifts: neither side is always the first.
             runs.insert(seed % 2, (torch_run, seed, variant))
-            done = {run[0]: in_a_process(*run) for run in runs}
+            done = {}
+            for run in runs:
+                done[run[0]] = seconds, accuracy = in_a_process(*run)
+                print(f"{run[0].__name__}: {seconds:.0f} s, {accuracy:.2%}", file=sys.stderr)
             (our_seconds, our_accuracy), (seconds, accuracy) = done[ours], done[torch_run]
             ratios.append(seconds / our_seconds)
             print(
