@@ -58,7 +58,8 @@ def augment(
         images = jnp.where((side % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
     if cutout:
         hide = partial(_hide_square, side=cutout, colour=jnp.round(255 * jnp.float32(fill)))
-        images = jax.vmap(hide)(images, *draws[3:])
+        height, width = images.shape[1:3]
+        images = jax.vmap(hide)(images, jnp.int32(draws[3] % height), jnp.int32(draws[4] % width))
     return images
 
 
@@ -67,8 +68,8 @@ def _hide_square(
 ) -> jax.Array:
     """An image, [H, W, C], with a square of one colour around a pixel."""
 
-    def covered(draw, size):
-        first = jnp.int32(draw % size) - side // 2
+    def covered(centre, size):
+        first = centre - side // 2
         pixels = jnp.arange(size)
         return (first <= pixels) & (pixels < first + side)
 
