@@ -12,42 +12,11 @@
 //   kernel_gradient   (tap, ci)        output pixels      gradient, packed by blocks of CO
 //
 // A tap is a position (ky, kx) of the kernel. CO (CI for input_gradient) must be a
-// multiple of `kLanes`.
+// multiple of `kLanes`. Most 3x3 convolutions of stride 1 go another way: winograd.h.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <vector>
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "winograd.h"
 
 namespace {
-
-using Index = std::ptrdiff_t;
-
-// kRows rows of two vectors each leave registers for two of b and one of a.
-#if defined(__AVX512F__)
-constexpr Index kLanes = 16, kRows = 8;
-#elif defined(__AVX__)
-constexpr Index kLanes = 8, kRows = 6;
-#elif defined(__ARM_NEON)
-constexpr Index kLanes = 4, kRows = 8;
-#else
-constexpr Index kLanes = 4, kRows = 6;
-#endif
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
-
-constexpr Index kTile = 2 * kRows;
-
-constexpr Index kLine = 16;  // of floats, in a line of the cache
 
 // Sizes, chosen by measurement, of what should stay in the caches of a core.
 constexpr Index kImageBytes = 256 << 10;   // padded images at a time
@@ -55,114 +24,6 @@ constexpr Index kKernelBytes = 128 << 10;  // a block's taps at a time
 constexpr Index kPixels = 512;             // output pixels summed over at a time
 constexpr Index kTiles = 8;                // tiles of (tap, ci) that share a block of b
 constexpr Index kPrivateBytes = 512 << 10; // kernel gradient that every thread may own
-
-// The sum over segments s < count and steps k < steps of
-// a_row[a[s] + k * a_step] * b[b[s] + k * b_step].
-struct Sum {
-  const Index* a;
-  const Index* b;
-  Index count, steps, a_step, b_step;
-};
-
-// c[row][0 : V * kLanes] (+)= sum, for H * kRows rows of which the first `rows` are stored.
-// With H == 2 the second half's a are as far from the first half's for every row.
-template <int V, int H>
-__attribute__((noinline)) void Tile(const float* const* a, const float* b, const Sum& sum,
-                                    float* const* c, Index rows, bool accumulate) {
-  Vector acc[H][kRows][V] = {};
-  const float* row[kRows];
-  for (int r = 0; r < kRows; ++r) row[r] = a[r];
-  const Index half = H > 1 ? a[kRows] - a[0] : 0;
-  for (Index s = 0; s < sum.count; ++s) {
-    Index at = sum.a[s];
-    const float* bs = b + sum.b[s];
-    for (Index k = 0; k < sum.steps; ++k, at += sum.a_step, bs += sum.b_step) {
-      Vector w[V];
-      for (int v = 0; v < V; ++v) w[v] = *reinterpret_cast<const Vector*>(bs + v * kLanes);
-      for (int h = 0; h < H; ++h) {
-        const Index p = at + h * half;
-        for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < V; ++v) acc[h][r][v] += row[r][p] * w[v];
-      }
-    }
-  }
-  for (int h = 0; h < H; ++h)
-    for (int r = 0; r < kRows; ++r)
-      if (h * kRows + r < rows)
-        for (int v = 0; v < V; ++v) {
-          // Added at the end: a sum of sums is more exact than one long sum.
-          Vector& out = *reinterpret_cast<Vector*>(c[h * kRows + r] + v * kLanes);
-          out = accumulate ? out + acc[h][r][v] : acc[h][r][v];
-        }
-}
-
-// Vector registers of a block of channels: two keep the processor's multipliers busy with
-// 8 rows; one needs 16.
-Index Vectors(Index channels) { return channels / kLanes % 2 == 0 ? 2 : 1; }
-
-// `Tile` for kTile rows; `a` and `c` have kTile entries however many rows count.
-void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
-           float* const* c, Index rows, bool accumulate) {
-  auto halves = [&](auto tile) {
-    tile(a, b, sum, c, rows, accumulate);
-    if (rows > kRows) tile(a + kRows, b, sum, c + kRows, rows - kRows, accumulate);
-  };
-  if (vectors == 2) return halves(Tile<2, 1>);
-  bool same_distance = rows > kRows;
-  for (Index r = 1; r < kRows && same_distance; ++r)
-    same_distance = a[kRows + r] - a[r] == a[kRows] - a[0];
-  if (same_distance) return Tile<1, 2>(a, b, sum, c, rows, accumulate);
-  halves(Tile<1, 1>);
-}
-
-// Calls f(0) ... f(n - 1) on the threads of the pool and on this one.
-template <class F>
-void ParallelFor(ffi::ThreadPool& pool, Index n, F f) {
-  struct State {
-    std::atomic<Index> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  auto state = std::make_shared<State>();
-  auto work = [state, n, &f] {
-    // A thread of the pool may come here when all is done and `f` is gone.
-    for (Index i; (i = state->next++) < n;) {
-      f(i);
-      if (++state->done == n) {
-        std::lock_guard<std::mutex> lock(state->mutex);
-        state->all_done.notify_all();
-      }
-    }
-  };
-  for (Index i = 1; i < std::min<Index>(n, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
-  work();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == n; });
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Array = std::unique_ptr<float[], Free>;
-
-Array Allocate(Index size) {
-  return Array(static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64)));
-}
-
-// This thread's memory for what one call of f needs.
-float* Scratch(Index size) {
-  thread_local Array scratch;
-  thread_local Index capacity = 0;
-  if (capacity < size) {
-    scratch = Allocate(size);
-    capacity = size;
-  }
-  return scratch.get();
-}
-
-struct Shape {
-  Index n, h, w, c;
-};
 
 struct Border {
   Index top, bottom, left, right;
@@ -213,24 +74,7 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
               const std::vector<Phase>& phases) {
   const Index ci = xs.c, co = os.c, vectors = Vectors(co), block = vectors * kLanes;
   const Index block_size = taps * ci * block;
-  Array packed = Allocate(taps * ci * co);  // [co / block][tap][ci][block]
-  ParallelFor(pool, co / block, [&](Index b) {
-    for (Index t = 0; t < taps; ++t) {
-      float* const to = &packed[b * block_size + t * ci * block];
-      if (!transpose) {
-        for (Index i = 0; i < ci; ++i)
-          std::memcpy(to + i * block, kernel + (t * ci + i) * co + b * block, block * 4);
-        continue;
-      }
-      // A few rows of `to` at a time, which stay in the cache while columns fill them.
-      for (Index first = 0; first < ci; first += kLine)
-        for (Index j = 0; j < block; ++j) {
-          const float* from = kernel + (t * co + b * block + j) * ci;
-          for (Index i = first; i < std::min(ci, first + kLine); ++i) to[i * block + j] = from[i];
-        }
-    }
-  });
-
+  const Array packed = Pack(pool, kernel, taps, ci, co, transpose);
   const Index height = xs.h + border.top + border.bottom;
   const Index image = height * (xs.w + border.left + border.right) * ci;
   const Index share = xs.n / (4 * pool.num_threads());
@@ -279,6 +123,10 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
 ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer kernel, Result out,
                    std::int64_t stride, std::int64_t padding) {
   const Shape xs = ShapeOf(x), ks = ShapeOf(kernel), os = ShapeOf(*out);
+  if (WinogradSuits(ks, stride, os)) {
+    Winograd(pool, x.typed_data(), xs, padding, kernel.typed_data(), false, out->typed_data(), os);
+    return ffi::Error::Success();
+  }
   const Index ci = xs.c, width = xs.w + 2 * padding, block = Vectors(os.c) * kLanes;
   Phase phase{0, 0, 1, os.h, os.w, 0, stride * width * ci, stride * ci, {}, {}};
   for (Index ky = 0; ky < ks.n; ++ky)
@@ -298,6 +146,11 @@ ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer kernel, Result out,
 ffi::Error InputGradient(ffi::ThreadPool pool, Buffer gradient, Buffer kernel, Result out,
                          std::int64_t stride, std::int64_t padding) {
   const Shape gs = ShapeOf(gradient), ks = ShapeOf(kernel), os = ShapeOf(*out);
+  if (WinogradSuits(ks, stride, os)) {
+    Winograd(pool, gradient.typed_data(), gs, 2 - padding, kernel.typed_data(), true,
+             out->typed_data(), os);
+    return ffi::Error::Success();
+  }
   const Index co = gs.c, block = Vectors(os.c) * kLanes;
   auto after = [&](Index size, Index gradient_size) {
     return std::max<Index>(0, (size - 1 + padding) / stride - gradient_size + 1);
@@ -370,6 +223,11 @@ void Gather(const float* x, Shape xs, Shape gs, Shape ks, Index stride, Index pa
 ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Result out,
                           std::int64_t stride, std::int64_t padding) {
   const Shape xs = ShapeOf(x), gs = ShapeOf(gradient), ks = ShapeOf(*out);
+  if (WinogradSuits(ks, stride, gs)) {
+    WinogradKernelGradient(pool, x.typed_data(), xs, padding, gradient.typed_data(), gs,
+                           out->typed_data());
+    return ffi::Error::Success();
+  }
   const Index co = gs.c, vectors = Vectors(co), block = vectors * kLanes;
   const Index kernel_rows = ks.n * ks.h * xs.c, size = kernel_rows * co;
   const Index tiles = (kernel_rows + kTile - 1) / kTile;

@@ -16,6 +16,7 @@ import jaxlib.version
 import platformdirs
 
 _SOURCE = Path(__file__).with_name("convolution.cc")
+_HEADERS = [_SOURCE.with_name(name) for name in ("winograd.h", "tile.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w"]
 
 
@@ -63,7 +64,8 @@ def _compiled() -> Path:
         raise OSError("there is no C++ compiler")
     # What a compiler defines for a CPU tells its version and every set of instructions.
     macros = _run(compiler, "-march=native", "-x", "c++", "-dM", "-E", os.devnull)
-    key = hashlib.sha256(_SOURCE.read_bytes() + macros + jaxlib.version.__version__.encode())
+    sources = b"".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
+    key = hashlib.sha256(sources + macros + jaxlib.version.__version__.encode())
     folder = platformdirs.user_cache_path("flax_resnet") / "native"
     path = folder / f"convolution-{key.hexdigest()[:16]}.so"
     if not path.exists():

@@ -16,19 +16,25 @@ from flax_resnet.models.convolution import convolution, grouped_convolution
 
 torch = pytest.importorskip("torch")
 
-# (N, H, W, CI, CO, kernel, stride)
+# (N, H, W, CI, CO, kernel, stride, padding)
 CASES = [
-    (5, 32, 32, 3, 16, 3, 1),  # CIFAR's stem
-    (3, 45, 38, 3, 64, 7, 2),  # ImageNet's
-    (9, 17, 13, 16, 16, 3, 1),
-    (9, 17, 13, 16, 48, 3, 2),
-    (2, 80, 70, 32, 16, 3, 1),  # more than fits into a core's cache at a time
-    (7, 8, 9, 64, 32, 1, 1),
-    (7, 9, 8, 32, 128, 1, 2),
-    (4, 4, 4, 128, 256, 3, 1),  # a kernel whose gradient is divided by rows
-    (3, 1, 2, 256, 512, 3, 2),
-    (2, 6, 5, 16, 32, 5, 3),
-    (1, 7, 7, 20, 24, 3, 1),  # channels that fill no vector register
+    (5, 32, 32, 3, 16, 3, 1, 1),  # CIFAR's stem
+    (3, 45, 38, 3, 64, 7, 2, 3),  # ImageNet's
+    (9, 17, 13, 16, 48, 3, 2, 1),
+    (7, 8, 9, 64, 32, 1, 1, 0),
+    (7, 9, 8, 32, 128, 1, 2, 0),
+    (3, 1, 2, 256, 512, 3, 2, 1),
+    (2, 6, 5, 16, 32, 5, 3, 2),
+    (2, 80, 70, 32, 16, 5, 1, 2),  # more than fits into a core's cache at a time
+    (4, 4, 4, 128, 256, 3, 2, 1),  # a kernel whose gradient is divided by rows
+    (1, 7, 7, 20, 24, 3, 1, 1),  # channels that fill no vector register
+    (9, 17, 13, 16, 16, 3, 1, 1),  # Winograd's from here on: tiles cut at the edges
+    (2, 80, 70, 32, 16, 3, 1, 1),  # more tiles than fit
+    (8, 4, 4, 48, 80, 3, 1, 1),  # blocks of one vector
+    (4, 4, 4, 128, 256, 3, 1, 1),  # a gradient divided by channels
+    (3, 6, 9, 16, 32, 3, 1, 0),
+    (3, 6, 9, 32, 16, 3, 1, 3),
+    (5, 1, 1, 32, 32, 3, 1, 1),  # smaller than a tile: not Winograd's
 ]
 
 
@@ -55,18 +61,18 @@ def custom_calls(function, *arguments) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients_are_torchs_in_float64(case, rng):
-    n, height, width, ci, co, size, stride = case
+    n, height, width, ci, co, size, stride, padding = case
     x = rng.normal(size=(n, height, width, ci)).astype(np.float32)
     kernel = rng.normal(size=(size, size, ci, co)).astype(np.float32)
 
     x64 = torch.from_numpy(x).double().permute(0, 3, 1, 2).requires_grad_()
     kernel64 = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
-    out64 = torch.nn.functional.conv2d(x64, kernel64, stride=stride, padding=size // 2)
+    out64 = torch.nn.functional.conv2d(x64, kernel64, stride=stride, padding=padding)
     g = rng.normal(size=(*out64.shape[:1], *out64.shape[2:], co)).astype(np.float32)
     out64.backward(torch.from_numpy(g).double().permute(0, 3, 1, 2))
 
     out, vjp = jax.vjp(
-        jax.jit(lambda x, w: convolution(x, w, stride=stride, padding=size // 2)), x, kernel
+        jax.jit(lambda x, w: convolution(x, w, stride=stride, padding=padding)), x, kernel
     )
     by_x, by_kernel = vjp(g)
     assert_close(out, out64.detach().permute(0, 2, 3, 1))

@@ -1,0 +1,176 @@
+// What the convolutions are made of: a product of matrices in registers, threads, memory.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Index = std::ptrdiff_t;
+
+// kRows rows of two vectors each leave registers for two of b and one of a.
+#if defined(__AVX512F__)
+constexpr Index kLanes = 16, kRows = 8;
+#elif defined(__AVX__)
+constexpr Index kLanes = 8, kRows = 6;
+#elif defined(__ARM_NEON)
+constexpr Index kLanes = 4, kRows = 8;
+#else
+constexpr Index kLanes = 4, kRows = 6;
+#endif
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+const Vector& At(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+Vector& At(float* p) { return *reinterpret_cast<Vector*>(p); }
+
+constexpr Index kTile = 2 * kRows;
+
+constexpr Index kLine = 16;  // of floats, in a line of the cache
+
+// The sum over segments s < count and steps k < steps of
+// a_row[a[s] + k * a_step] * b[b[s] + k * b_step].
+struct Sum {
+  const Index* a;
+  const Index* b;
+  Index count, steps, a_step, b_step;
+};
+
+// c[row][0 : V * kLanes] (+)= sum, for H * kRows rows of which the first `rows` are stored.
+// With H == 2 the second half's a are as far from the first half's for every row.
+template <int V, int H>
+__attribute__((noinline)) void Tile(const float* const* a, const float* b, const Sum& sum,
+                                    float* const* c, Index rows, bool accumulate) {
+  Vector acc[H][kRows][V] = {};
+  const float* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  const Index half = H > 1 ? a[kRows] - a[0] : 0;
+  for (Index s = 0; s < sum.count; ++s) {
+    Index at = sum.a[s];
+    const float* bs = b + sum.b[s];
+    for (Index k = 0; k < sum.steps; ++k, at += sum.a_step, bs += sum.b_step) {
+      Vector w[V];
+      for (int v = 0; v < V; ++v) w[v] = At(bs + v * kLanes);
+      for (int h = 0; h < H; ++h) {
+        const Index p = at + h * half;
+        for (int r = 0; r < kRows; ++r)
+          for (int v = 0; v < V; ++v) acc[h][r][v] += row[r][p] * w[v];
+      }
+    }
+  }
+  for (int h = 0; h < H; ++h)
+    for (int r = 0; r < kRows; ++r)
+      if (h * kRows + r < rows)
+        for (int v = 0; v < V; ++v) {
+          // Added at the end: a sum of sums is more exact than one long sum.
+          Vector& out = At(c[h * kRows + r] + v * kLanes);
+          out = accumulate ? out + acc[h][r][v] : acc[h][r][v];
+        }
+}
+
+// Vector registers of a block of channels: two keep the processor's multipliers busy with
+// 8 rows; one needs 16.
+Index Vectors(Index channels) { return channels / kLanes % 2 == 0 ? 2 : 1; }
+
+// `Tile` for kTile rows; `a` and `c` have kTile entries however many rows count.
+void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
+           float* const* c, Index rows, bool accumulate) {
+  auto halves = [&](auto tile) {
+    tile(a, b, sum, c, rows, accumulate);
+    if (rows > kRows) tile(a + kRows, b, sum, c + kRows, rows - kRows, accumulate);
+  };
+  if (vectors == 2) return halves(Tile<2, 1>);
+  bool same_distance = rows > kRows;
+  for (Index r = 1; r < kRows && same_distance; ++r)
+    same_distance = a[kRows + r] - a[r] == a[kRows] - a[0];
+  if (same_distance) return Tile<1, 2>(a, b, sum, c, rows, accumulate);
+  halves(Tile<1, 1>);
+}
+
+// Calls f(0) ... f(n - 1) on the threads of the pool and on this one.
+template <class F>
+void ParallelFor(ffi::ThreadPool& pool, Index n, F f) {
+  struct State {
+    std::atomic<Index> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto state = std::make_shared<State>();
+  auto work = [state, n, &f] {
+    // A thread of the pool may come here when all is done and `f` is gone.
+    for (Index i; (i = state->next++) < n;) {
+      f(i);
+      if (++state->done == n) {
+        std::lock_guard<std::mutex> lock(state->mutex);
+        state->all_done.notify_all();
+      }
+    }
+  };
+  for (Index i = 1; i < std::min<Index>(n, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
+  work();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == n; });
+}
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Array = std::unique_ptr<float[], Free>;
+
+Array Allocate(Index size) {
+  return Array(static_cast<float*>(std::aligned_alloc(64, (size * 4 + 63) / 64 * 64)));
+}
+
+// This thread's memory for what one call of f needs.
+float* Scratch(Index size) {
+  thread_local Array scratch;
+  thread_local Index capacity = 0;
+  if (capacity < size) {
+    scratch = Allocate(size);
+    capacity = size;
+  }
+  return scratch.get();
+}
+
+// A kernel [tap][ci][co], or [tap][co][ci] where it is to be transposed, as
+// [co / block][tap][ci][block].
+Array Pack(ffi::ThreadPool& pool, const float* kernel, Index taps, Index ci, Index co,
+           bool transpose) {
+  const Index block = Vectors(co) * kLanes, block_size = taps * ci * block;
+  Array packed = Allocate(taps * ci * co);
+  ParallelFor(pool, co / block, [&](Index b) {
+    for (Index t = 0; t < taps; ++t) {
+      float* const to = &packed[b * block_size + t * ci * block];
+      if (!transpose) {
+        for (Index i = 0; i < ci; ++i)
+          std::memcpy(to + i * block, kernel + (t * ci + i) * co + b * block, block * 4);
+        continue;
+      }
+      // A few rows of `to` at a time, which stay in the cache while columns fill them.
+      for (Index first = 0; first < ci; first += kLine)
+        for (Index j = 0; j < block; ++j) {
+          const float* from = kernel + (t * co + b * block + j) * ci;
+          for (Index i = first; i < std::min(ci, first + kLine); ++i) to[i * block + j] = from[i];
+        }
+    }
+  });
+  return packed;
+}
+
+struct Shape {
+  Index n, h, w, c;
+};
+
+}  // namespace
