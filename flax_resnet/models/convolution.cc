@@ -2,7 +2,7 @@
 // ("input_gradient") and with respect to the kernel ("kernel_gradient"), in float32.
 //
 // Images are [N, H, W, C], kernels [KH, KW, CI, CO]. Every one of the three is a sum of
-// products a[row] * b[channel] that `Tile` holds in registers for 8 or 16 rows and one
+// products a[row] * b[channel] that `Tile` holds in registers for some rows and one
 // block of channels: the channels of b lie side by side in vector registers, the values
 // of a are broadcast. What differs is only what the rows are and what is summed over:
 //
@@ -77,7 +77,7 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
   const Array packed = Pack(pool, kernel, taps, ci, co, transpose);
   const Index height = xs.h + border.top + border.bottom;
   const Index image = height * (xs.w + border.left + border.right) * ci;
-  const Index share = xs.n / (4 * pool.num_threads());
+  const Index share = xs.n / (4 * Threads(pool));
   const Index group = std::max<Index>(1, std::min(kImageBytes / (image * 4), share));
   ParallelFor(pool, (xs.n + group - 1) / group, [&](Index g) {
     const Index first = g * group, last = std::min(first + group, xs.n);
@@ -147,6 +147,7 @@ ffi::Error InputGradient(ffi::ThreadPool pool, Buffer gradient, Buffer kernel, R
                          std::int64_t stride, std::int64_t padding) {
   const Shape gs = ShapeOf(gradient), ks = ShapeOf(kernel), os = ShapeOf(*out);
   if (WinogradSuits(ks, stride, os)) {
+    // Every input pixel was under all taps, the last one first.
     Winograd(pool, gradient.typed_data(), gs, 2 - padding, kernel.typed_data(), true,
              out->typed_data(), os);
     return ffi::Error::Success();
@@ -232,7 +233,7 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
   const Index kernel_rows = ks.n * ks.h * xs.c, size = kernel_rows * co;
   const Index tiles = (kernel_rows + kTile - 1) / kTile;
   const Index image_rows = gs.n * gs.h, group = std::max<Index>(1, kPixels / gs.w);
-  const Index threads = pool.num_threads();
+  const Index threads = Threads(pool);
   const bool by_pixels = size * 4 <= kPrivateBytes || tiles < threads;
   const Index splits = by_pixels ? std::min(threads, image_rows) : 1;
   const Index parts = by_pixels ? 1 : threads;
@@ -254,8 +255,6 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
             std::memcpy(packed + (b * pixels + p) * block, g + p * co + b * block, block * 4);
         g = packed;
       }
-      const Index start = 0;
-      const Sum sum{&start, &start, 1, pixels, kTile, block};
       for (Index tile = first_tile; tile < last_tile; tile += kTiles) {
         const Index count = std::min(kTiles, last_tile - tile);
         for (Index i = 0; i < count; ++i)
@@ -265,13 +264,8 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
           for (Index i = 0; i < count; ++i) {
             const Index from = (tile + i) * kTile;
             const Index used = std::min(kTile, kernel_rows - from);
-            const float* a[kTile];
-            float* c[kTile];
-            for (Index r = 0; r < kTile; ++r) {
-              a[r] = gathered + i * pixels * kTile + r;
-              c[r] = result + (from + std::min(r, used - 1)) * co + b * block;
-            }
-            Tiles(vectors, a, g + b * pixels * block, sum, c, used, first > begin);
+            Product(vectors, gathered + i * pixels * kTile, used, 1, pixels, kTile,
+                    g + b * pixels * block, result + from * co + b * block, co, first > begin);
           }
       }
     }

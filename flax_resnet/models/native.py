@@ -46,7 +46,7 @@ def _load() -> int | None:
             error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else error
         )
         logging.getLogger(__name__).warning(
-            "training on this CPU will be about three times slower than it could be: "
+            "training on this CPU will be over three times slower than it could be: "
             "convolution.cc could not be compiled: %s",
             reason,
         )

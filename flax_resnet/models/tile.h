@@ -99,6 +99,27 @@ void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
   halves(Tile<1, 1>);
 }
 
+// c[row * c_row + lane] (+)= sum over k of a[row * a_row + k * a_step] * b[k * block + lane].
+// Of a, whole tiles of rows are read, whatever lies there.
+void Product(Index vectors, const float* a, Index rows, Index a_row, Index steps, Index a_step,
+             const float* b, float* c, Index c_row, bool accumulate) {
+  const Index start = 0;
+  const Sum sum{&start, &start, 1, steps, a_step, vectors * kLanes};
+  for (Index first = 0; first < rows; first += kTile) {
+    const float* as[kTile];
+    float* cs[kTile];
+    const Index used = std::min(kTile, rows - first);
+    for (Index r = 0; r < kTile; ++r) {
+      as[r] = a + (first + r) * a_row;
+      cs[r] = c + (first + std::min(r, used - 1)) * c_row;
+    }
+    Tiles(vectors, as, b, sum, cs, used, accumulate);
+  }
+}
+
+// Zero, which the pool says where it cannot tell, will not do.
+Index Threads(const ffi::ThreadPool& pool) { return std::max<Index>(1, pool.num_threads()); }
+
 // Calls f(0) ... f(n - 1) on the threads of the pool and on this one.
 template <class F>
 void ParallelFor(ffi::ThreadPool& pool, Index n, F f) {
@@ -118,7 +139,7 @@ void ParallelFor(ffi::ThreadPool& pool, Index n, F f) {
       }
     }
   };
-  for (Index i = 1; i < std::min<Index>(n, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
+  for (Index i = 1; i < std::min(n, Threads(pool)); ++i) pool.Schedule([work] { work(); });
   work();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == n; });

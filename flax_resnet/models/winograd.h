@@ -2,15 +2,15 @@
 // 4.1, arXiv:1509.09308) have it: 16 multiplications for 2x2 outputs where the sum over taps
 // takes 36.
 //
-// A patch of 4x4 inputs gives a tile of 2x2 outputs. With both patch and kernel transformed
-// to 4x4 "points", the output is a product at every point, summed over the channels and
-// transformed back:
+// A patch of 4x4 inputs gives a tile of 2x2 outputs ("tile" is that here, but for `Tile` and
+// kTile of tile.h). With both patch and kernel transformed to 4x4 "points", the output is a
+// product at every point, summed over the channels and transformed back:
 //
 //   output = A' [(G kernel G') * (B' patch B)] A         for every tile
 //   kernel_gradient = G' [sum of (B' patch B) * (A gradient A') over tiles] G
 //
-// so 16 products of matrices, one a point, are all that takes time. The factors are 0, 1 and
-// 1/2, and the sums shorter than those over taps: in float32 the result is as exact.
+// so 16 products of matrices, one a point, take most of the time. The factors are 0, +-1 and
+// +-1/2, so that little is lost in float32: docs/performance.md has the errors.
 
 #pragma once
 
@@ -24,6 +24,7 @@ constexpr Index kPoints = 16;
 constexpr Index kPointsBytes = 1 << 20;         // of transformed tiles at a time,
 constexpr Index kFewestTiles = 64;              // but not fewer
 constexpr Index kPrivatePointsBytes = 1 << 20;  // of a gradient that every thread may own
+constexpr Index kWorthwhileTiles = 128;         // to transform a kernel for
 
 // Lines of the five transforms: B', G, A', A and G' times a vector.
 
@@ -79,26 +80,27 @@ struct Place {
 
 Index TileCount(Shape s) { return s.n * ((s.h + 1) / 2) * ((s.w + 1) / 2); }
 
-// Transforms the squares of side Side that begin `padding` pixels before the tiles first ...
-// first + count - 1 of images `tiles`; pixels beyond x are zero. Of the channels from ...
-// from + channels - 1, out[point * distance] is [channels / block][tile][block].
+// For `count` tiles of images of shape `grid`, from tile `first` on: transforms the square of
+// side Side of x that begins `padding` pixels before the tile; pixels beyond x are zero. Of
+// the channels from, from + 1, ... it takes `channels`; out[point * distance] is
+// [channels / block][tile][block].
 template <int Side, void line(const Vector*, Vector*)>
-void TransformSquares(const float* x, Shape s, Shape tiles, Index padding, Index first,
+void TransformSquares(const float* x, Shape s, Shape grid, Index padding, Index first,
                       Index count, Index from, Index channels, Index block, Index distance,
                       float* out) {
   const std::vector<float> zeros(s.c);
-  Place place(first, tiles);
-  for (Index t = 0; t < count; ++t, place.Next(tiles)) {
-    const float* pixels[Side][Side];
+  Place place(first, grid);
+  for (Index t = 0; t < count; ++t, place.Next(grid)) {
+    const float* pixels[Side * Side];
     for (Index i = 0; i < Side; ++i)
       for (Index j = 0; j < Side; ++j) {
         const Index y = place.y - padding + i, xx = place.x - padding + j;
         const bool inside = y >= 0 && y < s.h && xx >= 0 && xx < s.w;
-        pixels[i][j] = inside ? x + ((place.n * s.h + y) * s.w + xx) * s.c : zeros.data();
+        pixels[i * Side + j] = inside ? x + ((place.n * s.h + y) * s.w + xx) * s.c : zeros.data();
       }
     for (Index c = 0; c < channels; c += kLanes) {
       Vector square[Side * Side], points[kPoints];
-      for (int i = 0; i < Side * Side; ++i) square[i] = At(pixels[0][i] + from + c);
+      for (int i = 0; i < Side * Side; ++i) square[i] = At(pixels[i] + from + c);
       Transform<Side, 4, line>(square, points);
       float* const to = out + (c / block * count + t) * block + c % block;
       for (int p = 0; p < kPoints; ++p) At(to + p * distance) = points[p];
@@ -106,35 +108,21 @@ void TransformSquares(const float* x, Shape s, Shape tiles, Index padding, Index
   }
 }
 
-// c[row * c_row + lane] (+)= sum over k of a[row * a_row + k * a_step] * b[k * block + lane].
-void Product(Index vectors, const float* a, Index rows, Index a_row, Index steps, Index a_step,
-             const float* b, float* c, Index c_row, bool accumulate) {
-  const Index start = 0;
-  const Sum sum{&start, &start, 1, steps, a_step, vectors * kLanes};
-  for (Index first = 0; first < rows; first += kTile) {
-    const float* as[kTile];
-    float* cs[kTile];
-    const Index used = std::min(kTile, rows - first);
-    for (Index r = 0; r < kTile; ++r) {
-      const Index row = first + std::min(r, used - 1);
-      as[r] = a + row * a_row, cs[r] = c + row * c_row;
-    }
-    Tiles(vectors, as, b, sum, cs, used, accumulate);
-  }
-}
-
-// Whether it takes fewer multiplications than the sum over taps.
+// Whether it can be done so, and is faster than the sum over taps.
 bool WinogradSuits(Shape kernel, Index stride, Shape out) {
+  const Index tiles = TileCount(out);
   return kernel.n == 3 && kernel.h == 3 && stride == 1 && kernel.w % kLanes == 0 &&
-         kernel.c % kLanes == 0 && TileCount(out) * kPoints < out.n * out.h * out.w * 9;
+         kernel.c % kLanes == 0 && tiles >= kWorthwhileTiles &&
+         tiles * kPoints < out.n * out.h * out.w * 9;
 }
 
+// Tiles to transform at a time, of so many channels in all.
 Index TilesThatFit(Index channels) {
   return std::max(kFewestTiles, kPointsBytes / (kPoints * 4 * channels));
 }
 
-// Memory between the points of `size` floats: in a power of two, all would meet in one place
-// of the cache.
+// Floats from one point's array of `size` to the next: were it a power of two, all would meet
+// in one place of the cache.
 Index Distance(Index size) { return size + kLine; }
 
 // out = x convolved with a kernel [3][3][CI][CO], or, if `transpose`, with the one turned by
@@ -155,7 +143,7 @@ void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
     }
   });
 
-  const Index tiles = TileCount(os), shares = 4 * pool.num_threads();
+  const Index tiles = TileCount(os), shares = 4 * Threads(pool);
   const Index fit = std::min(TilesThatFit(ci + block), tiles / shares);
   const Index group = std::max(kTile, fit / kTile * kTile);
   ParallelFor(pool, (tiles + group - 1) / group, [&](Index g) {
@@ -177,7 +165,8 @@ void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
           for (int p = 0; p < kPoints; ++p)
             product[p] = At(products + p * out_distance + t * block + c);
           Transform<4, 2, RestoreOutput>(product, tile);
-          float* const to = out + ((place.n * os.h + place.y) * os.w + place.x) * co + b * block + c;
+          const Index pixel = (place.n * os.h + place.y) * os.w + place.x;
+          float* const to = out + pixel * co + b * block + c;
           const bool right = place.x + 1 < os.w, below = place.y + 1 < os.h;
           At(to) = tile[0];
           if (right) At(to + co) = tile[1];
@@ -195,7 +184,7 @@ void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
 void WinogradKernelGradient(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
                             const float* gradient, Shape gs, float* out) {
   const Index ci = xs.c, co = gs.c, vectors = Vectors(co), block = vectors * kLanes;
-  const Index tiles = TileCount(gs), threads = pool.num_threads(), size = kPoints * ci * co;
+  const Index tiles = TileCount(gs), threads = Threads(pool), size = kPoints * ci * co;
   const Index parts = size * 4 <= kPrivatePointsBytes ? 1 : std::min(threads, co / block);
   const Index splits = std::min(threads / parts, tiles);
   const Array partial = Allocate(splits * size);  // [split][point][ci][co]
