@@ -36,9 +36,16 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
+# All allocations from one heap, of which nothing below 16 GB is given back to Linux.
+KEEP_MEMORY = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+)
+
 
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
+    import jax
+
     from flax_resnet import InputError, train
     from flax_resnet.progress import quietly
     from flax_resnet.report import report_after_training
@@ -48,6 +55,8 @@ def main(arguments: list[str]) -> None:
         fail(f"what is {arguments[1]!r}? Options begin with --")
     # TFDS and Orbax tell all they do, and of an error before they raise it.
     logging.set_verbosity(logging.FATAL)
+    # On a CPU a step begins when the one before has freed its memory, and takes it over.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -114,15 +123,15 @@ def fail(error: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def use_huge_pages() -> None:
-    """Starts this program again with glibc's malloc asking Linux for huge pages.
+def keep_memory() -> None:
+    """Starts this program again with glibc's malloc keeping memory, in huge pages.
 
-    XLA:CPU allocates gigabytes anew at every step, and a fault for every 4 KiB of them
-    took a quarter of the time (docs/performance.md). glibc reads the setting at the start
-    of a process only; other C libraries ignore it.
+    XLA:CPU allocates up to gigabytes anew at every step; that Linux found and cleared them
+    every time took a third of the time (docs/performance.md). glibc reads the settings at
+    the start of a process only; other C libraries ignore them.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
@@ -157,7 +166,7 @@ def end_by_signal(code: int) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
     try:
-        use_huge_pages()
+        keep_memory()
         ignore_late_news()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:

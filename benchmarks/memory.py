@@ -14,13 +14,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from train import KEEP_MEMORY  # noqa: E402
 
 
 def peak(split: str, feed: str) -> float:
     """MB of the run's process at its peak; its workers not counted."""
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, __file__, workdir, split, feed]
-        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        environment = os.environ | {"GLIBC_TUNABLES": KEEP_MEMORY}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
         )
@@ -28,7 +31,11 @@ def peak(split: str, feed: str) -> float:
 
 
 def run(workdir: str, split: str, feed: str) -> None:
+    import jax
+
     import flax_resnet as fr
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as train.py does
 
     config = fr.default_config()
     config.model = "cifar_resnet20"

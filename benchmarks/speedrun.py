@@ -36,8 +36,11 @@ def recipe(seed: int) -> Any:
 
 def ours(seed: int, workdir: Path) -> tuple[float, float]:
     """Seconds and accuracy of a run of ours."""
+    import jax
+
     import flax_resnet as fr
 
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as train.py does
     config = recipe(seed)
     fr.train(config, workdir)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -135,9 +138,9 @@ def main() -> None:
     on_cpu = not torch.cuda.is_available()
     config = recipe(0)
     fields = {name: value for name, value in config.model_fields.items() if value is not None}
-    variant = train_step.best_variant(config.model, config.batch_size, huge_pages=on_cpu, **fields)
+    variant = train_step.best_variant(config.model, config.batch_size, keep_memory=on_cpu, **fields)
     # glibc reads it when the process of a run starts.
-    os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={int(on_cpu)}"
+    os.environ["GLIBC_TUNABLES"] = train_step.KEEP_MEMORY if on_cpu else ""
     print("| seed | ours, s | accuracy | PyTorch, s | accuracy | ratio |")
     print("|---|---|---|---|---|---|", flush=True)
     ratios = []

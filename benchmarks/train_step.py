@@ -4,9 +4,9 @@
 
 Both train on one batch that stays on the device: forward, backward and SGD with momentum
 and weight decay; float32 on a CPU, bfloat16 compute on a GPU. Each PyTorch variant first
-runs alone for a while, with huge pages on a CPU; the fastest is "PyTorch best". Then ours
+runs alone for a while, with memory kept on a CPU; the fastest is "PyTorch best". Then ours
 and it take turns, each in a process of its own, on a CPU with the allocator's default
-settings and with the huge pages that train.py asks for, on both sides. Figures are medians
+settings and with train.py's, which keep memory ("kept"), on both sides. Figures are medians
 over the rounds, the ratio is that of neighbours in time.
 
 GFLOP/s count the multiplications and additions of convolutions and fc, as
@@ -26,7 +26,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.models.torch_resnet
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for train and tests.models.torch_resnet
+
+from train import KEEP_MEMORY
 
 NETS = ("cifar_resnet20", "lab10_resnet50", "cifar_resnet18")
 VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
@@ -42,6 +44,8 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     from flax_resnet.training.optimizer import sgd
     from flax_resnet.training.steps import create_state, train_step
 
+    if os.environ.get("GLIBC_TUNABLES") == KEEP_MEMORY:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # as train.py does
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = fr.create_model(net, num_classes=10, dtype=dtype)
     optimizer = sgd(Config(nesterov=False), lambda step: 0.1)
@@ -154,12 +158,12 @@ def work(connection: Connection, prepare: Callable, arguments: tuple) -> None:
 class Worker:
     """A process with one thing to time; about `seconds` of it at a time."""
 
-    def __init__(self, prepare: Callable, *arguments, huge_pages: bool, seconds: float = 3.0):
+    def __init__(self, prepare: Callable, *arguments, keep_memory: bool, seconds: float = 3.0):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, prepare, arguments))
         # glibc reads it when the process starts.
-        os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={int(huge_pages)}"
+        os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY if keep_memory else ""
         self.process.start()
         other.close()
         self.steps = 2
@@ -174,12 +178,12 @@ class Worker:
         self.process.join()
 
 
-def best_variant(net: str, batch_size: int, huge_pages: bool, **fields) -> str:
+def best_variant(net: str, batch_size: int, keep_memory: bool, **fields) -> str:
     """The PyTorch variant with the shortest step."""
     seconds = {}
     for variant in VARIANTS:
         prepare = partial(prepare_torch, **fields)
-        worker = Worker(prepare, net, batch_size, variant, huge_pages=huge_pages)
+        worker = Worker(prepare, net, batch_size, variant, keep_memory=keep_memory)
         seconds[variant] = statistics.median(worker.seconds_per_step() for _ in range(3))
         worker.stop()
         print(f"{net} {variant}: {batch_size / seconds[variant]:.0f} images/s", file=sys.stderr)
@@ -201,13 +205,13 @@ def flops(net: str) -> int:
 
 def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
     """Prints a line of the table for each setting of the allocator."""
-    best = best_variant(net, batch_size, huge_pages=not on_gpu)
+    best = best_variant(net, batch_size, keep_memory=not on_gpu)
     product_flops = 2 * (size := 8192 if on_gpu else 2048) ** 3
-    matmul = Worker(prepare_matmul, size, huge_pages=False, seconds=1.0)
+    matmul = Worker(prepare_matmul, size, keep_memory=False, seconds=1.0)
     settings = (False,) if on_gpu else (False, True)
     workers = {
-        (side, huge): Worker(prepare, net, batch_size, *arguments, huge_pages=huge)
-        for huge in settings
+        (side, kept): Worker(prepare, net, batch_size, *arguments, keep_memory=kept)
+        for kept in settings
         for side, prepare, arguments in (
             ("ours", prepare_ours, ()),
             ("torch", prepare_torch, (best,)),
@@ -223,12 +227,12 @@ def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
         worker.stop()
 
     matmul_rate = product_flops / statistics.median(product_seconds)
-    for huge in settings:
-        ours, torch = (statistics.median(seconds[side, huge]) for side in ("ours", "torch"))
-        ratios = [t / o for o, t in zip(seconds["ours", huge], seconds["torch", huge], strict=True)]
+    for kept in settings:
+        ours, torch = (statistics.median(seconds[side, kept]) for side in ("ours", "torch"))
+        ratios = [t / o for o, t in zip(seconds["ours", kept], seconds["torch", kept], strict=True)]
         rate = flops(net) * batch_size / ours
         print(
-            f"| {net} | {batch_size} | {'huge pages' if huge else 'default'} "
+            f"| {net} | {batch_size} | {'kept' if kept else 'default'} "
             f"| {batch_size / ours:.0f} | {batch_size / torch:.0f} ({best}) "
             f"| {statistics.median(ratios):.2f} "
             f"| {rate / 1e9:.0f} | {rate / matmul_rate:.0%} of {matmul_rate / 1e9:.0f} |",
