@@ -12,6 +12,7 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 """
 
 import argparse
+import ctypes
 import os
 import re
 import signal
@@ -44,8 +45,6 @@ KEEP_MEMORY = (
 
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
-    import jax
-
     from flax_resnet import InputError, train
     from flax_resnet.progress import quietly
     from flax_resnet.report import report_after_training
@@ -55,8 +54,7 @@ def main(arguments: list[str]) -> None:
         fail(f"what is {arguments[1]!r}? Options begin with --")
     # TFDS and Orbax tell all they do, and of an error before they raise it.
     logging.set_verbosity(logging.FATAL)
-    # On a CPU a step begins when the one before has freed its memory, and takes it over.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    reuse_memory()
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
@@ -133,6 +131,26 @@ def keep_memory() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def reuse_memory() -> None:
+    """Has each step on a CPU take over the memory of the one before; call it before a program runs.
+
+    A step then begins when the one before has freed its memory. And what is small and stays is
+    not allocated above that memory, as there is room left below: glibc does not take a freed
+    piece in the middle of the heap for an aligned one of the same size, so that the next step
+    would have a second.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+        libc.free.argtypes = [ctypes.c_void_p]
+        room = libc.malloc(256 << 20)  # takes no memory before it is written to
+        libc.malloc(1 << 20)  # stays: without it the room would be the heap's end again
+        libc.free(room)
 
 
 def ignore_late_news() -> None:

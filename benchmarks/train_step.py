@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for train and tests.models.torch_resnet
 
-from train import KEEP_MEMORY
+from train import KEEP_MEMORY, reuse_memory
 
 NETS = ("cifar_resnet20", "lab10_resnet50", "cifar_resnet18")
 VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
@@ -45,7 +45,7 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     from flax_resnet.training.steps import create_state, train_step
 
     if os.environ.get("GLIBC_TUNABLES") == KEEP_MEMORY:
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # as train.py does
+        reuse_memory()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = fr.create_model(net, num_classes=10, dtype=dtype)
     optimizer = sgd(Config(nesterov=False), lambda step: 0.1)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import train
+
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--config", "configs/digits_resnet8.py")
 
@@ -155,6 +157,26 @@ def test_memory_is_kept_unless_set_otherwise(tmp_path, digits_dir):
     assert (
         "ValueError: glibc.malloc.perturb=0" in run(GLIBC_TUNABLES="glibc.malloc.perturb=0").stderr
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_a_step_takes_over_the_memory_of_the_one_before():
+    script = """
+import ctypes
+import train
+
+train.reuse_memory()
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.argtypes, libc.aligned_alloc.restype = 2 * [ctypes.c_size_t], ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+piece = libc.aligned_alloc(64, 1 << 30)
+for _ in range(100):
+    libc.malloc(10_000)  # small, and stays
+libc.free(piece)
+assert libc.aligned_alloc(64, 1 << 30) == piece
+"""
+    settings = os.environ | {"GLIBC_TUNABLES": train.KEEP_MEMORY}
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, check=True)
 
 
 def test_compiled_programs_are_kept(digits_dir, tmp_path):
