@@ -78,6 +78,7 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
   const Index height = xs.h + border.top + border.bottom;
   const Index image = height * (xs.w + border.left + border.right) * ci;
   const Index share = xs.n / (4 * Threads(pool));
+  const bool streams = Streams(out, os);
   const Index group = std::max<Index>(1, std::min(kImageBytes / (image * 4), share));
   ParallelFor(pool, (xs.n + group - 1) / group, [&](Index g) {
     const Index first = g * group, last = std::min(first + group, xs.n);
@@ -112,7 +113,8 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
               if (++j == phase.w) j = 0, ++i;
               if (i == phase.h) i = 0, ++n;
             }
-            Tiles(vectors, a, &packed[b * block_size], sum, c, rows, t > 0);
+            Tiles(vectors, a, &packed[b * block_size], sum, c, rows, t > 0,
+                  streams && t + chunk >= count);
           }
         }
     }

@@ -13,6 +13,10 @@
 #include <mutex>
 #include <vector>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -36,8 +40,27 @@ typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
 const Vector& At(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 Vector& At(float* p) { return *reinterpret_cast<Vector*>(p); }
 
+// A store past the caches: the line need not be read first. p is a multiple of a vector's size,
+// and other threads see it after a `Fence` only.
+void Stream(float* p, const Vector& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  At(p) = v;
+#endif
+}
+
+void Fence() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 constexpr Index kTile = 2 * kRows;
 
+constexpr Index kStreamed = 2 << 20;  // floats; chosen by measurement
 constexpr Index kLine = 16;  // of floats, in a line of the cache
 
 // The sum over segments s < count and steps k < steps of
@@ -52,7 +75,8 @@ struct Sum {
 // With H == 2 the second half's a are as far from the first half's for every row.
 template <int V, int H>
 __attribute__((noinline)) void Tile(const float* const* a, const float* b, const Sum& sum,
-                                    float* const* c, Index rows, bool accumulate) {
+                                    float* const* c, Index rows, bool accumulate,
+                                    bool stream) {
   Vector acc[H][kRows][V] = {};
   const float* row[kRows];
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
@@ -75,8 +99,10 @@ __attribute__((noinline)) void Tile(const float* const* a, const float* b, const
       if (h * kRows + r < rows)
         for (int v = 0; v < V; ++v) {
           // Added at the end: a sum of sums is more exact than one long sum.
-          Vector& out = At(c[h * kRows + r] + v * kLanes);
-          out = accumulate ? out + acc[h][r][v] : acc[h][r][v];
+          float* const to = c[h * kRows + r] + v * kLanes;
+          const Vector out = accumulate ? At(to) + acc[h][r][v] : acc[h][r][v];
+          if (stream) Stream(to, out);
+          else At(to) = out;
         }
 }
 
@@ -86,16 +112,16 @@ Index Vectors(Index channels) { return channels / kLanes % 2 == 0 ? 2 : 1; }
 
 // `Tile` for kTile rows; `a` and `c` have kTile entries however many rows count.
 void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
-           float* const* c, Index rows, bool accumulate) {
+           float* const* c, Index rows, bool accumulate, bool stream) {
   auto halves = [&](auto tile) {
-    tile(a, b, sum, c, rows, accumulate);
-    if (rows > kRows) tile(a + kRows, b, sum, c + kRows, rows - kRows, accumulate);
+    tile(a, b, sum, c, rows, accumulate, stream);
+    if (rows > kRows) tile(a + kRows, b, sum, c + kRows, rows - kRows, accumulate, stream);
   };
   if (vectors == 2) return halves(Tile<2, 1>);
   bool same_distance = rows > kRows;
   for (Index r = 1; r < kRows && same_distance; ++r)
     same_distance = a[kRows + r] - a[r] == a[kRows] - a[0];
-  if (same_distance) return Tile<1, 2>(a, b, sum, c, rows, accumulate);
+  if (same_distance) return Tile<1, 2>(a, b, sum, c, rows, accumulate, stream);
   halves(Tile<1, 1>);
 }
 
@@ -113,7 +139,7 @@ void Product(Index vectors, const float* a, Index rows, Index a_row, Index steps
       as[r] = a + (first + r) * a_row;
       cs[r] = c + (first + std::min(r, used - 1)) * c_row;
     }
-    Tiles(vectors, as, b, sum, cs, used, accumulate);
+    Tiles(vectors, as, b, sum, cs, used, accumulate, false);
   }
 }
 
@@ -133,6 +159,7 @@ void ParallelFor(ffi::ThreadPool& pool, Index n, F f) {
     // A thread of the pool may come here when all is done and `f` is gone.
     for (Index i; (i = state->next++) < n;) {
       f(i);
+      Fence();
       if (++state->done == n) {
         std::lock_guard<std::mutex> lock(state->mutex);
         state->all_done.notify_all();
@@ -193,5 +220,11 @@ Array Pack(ffi::ThreadPool& pool, const float* kernel, Index taps, Index ci, Ind
 struct Shape {
   Index n, h, w, c;
 };
+
+// Whether an array is to be streamed: what reads it next would not find it in the caches.
+bool Streams(const float* array, Shape s) {
+  return s.n * s.h * s.w * s.c >= kStreamed &&
+         reinterpret_cast<std::uintptr_t>(array) % sizeof(Vector) == 0;
+}
 
 }  // namespace

@@ -28,6 +28,8 @@ CASES = [
     (2, 80, 70, 32, 16, 5, 1, 2),  # more than fits into a core's cache at a time
     (4, 4, 4, 128, 256, 3, 2, 1),  # a kernel whose gradient is divided by rows
     (1, 7, 7, 20, 24, 3, 1, 1),  # channels that fill no vector register
+    (33, 32, 32, 64, 64, 5, 1, 2),  # streamed past the caches, after the first of the taps
+    (65, 32, 32, 32, 32, 1, 2, 0),  # its input gradient streamed, zeros included
     (4, 5, 5, 64, 32, 3, 1, 1),  # too few tiles for Winograd
     (200, 1, 1, 32, 32, 3, 1, 1),  # images smaller than a tile
     (9, 17, 13, 16, 16, 3, 1, 1),  # Winograd's from here on: tiles cut at the edges
@@ -35,6 +37,7 @@ CASES = [
     (32, 4, 4, 48, 80, 3, 1, 1),  # blocks of one vector of 16 lanes
     (33, 4, 4, 24, 40, 3, 1, 1),  # or of 8
     (8, 8, 8, 512, 64, 3, 1, 1),  # a gradient divided by channels and by tiles
+    (65, 32, 32, 32, 32, 3, 1, 1),  # streamed
     (16, 6, 9, 16, 32, 3, 1, 0),
     (16, 6, 9, 32, 16, 3, 1, 2),
     (16, 6, 9, 32, 16, 3, 1, 3),
