@@ -37,9 +37,11 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
-# All allocations from one heap, of which nothing below 16 GB is given back to Linux.
+# All allocations from one heap, of which nothing below 16 GB is given back to Linux, and where
+# what is freed joins its neighbours at once.
 KEEP_MEMORY = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 )
 
 
@@ -149,7 +151,7 @@ def reuse_memory() -> None:
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
         libc.free.argtypes = [ctypes.c_void_p]
         room = libc.malloc(256 << 20)  # takes no memory before it is written to
-        libc.malloc(1 << 20)  # stays: without it the room would be the heap's end again
+        libc.malloc(256 << 20)  # stays, or the room would be the end of the heap again
         libc.free(room)
 
 
