@@ -157,6 +157,8 @@ def test_memory_is_kept_unless_set_otherwise(tmp_path, digits_dir):
     assert (
         "ValueError: glibc.malloc.perturb=0" in run(GLIBC_TUNABLES="glibc.malloc.perturb=0").stderr
     )
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"GLIBC_TUNABLES={train.KEEP_MEMORY}\n" in page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
