@@ -40,16 +40,15 @@ typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
 const Vector& At(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 Vector& At(float* p) { return *reinterpret_cast<Vector*>(p); }
 
-// A store past the caches: the line need not be read first. p is a multiple of a vector's size,
-// and other threads see it after a `Fence` only.
-void Stream(float* p, const Vector& v) {
+// With `stream` past the caches: the line need not be read first. p is a multiple of a vector's
+// size then, and other threads see v after a `Fence` only.
+inline __attribute__((always_inline)) void Store(float* p, const Vector& v, bool stream) {
 #if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)v);
+  if (stream) return _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX__)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  At(p) = v;
+  if (stream) return _mm256_stream_ps(p, (__m256)v);
 #endif
+  At(p) = v;
 }
 
 void Fence() {
@@ -100,9 +99,7 @@ __attribute__((noinline)) void Tile(const float* const* a, const float* b, const
         for (int v = 0; v < V; ++v) {
           // Added at the end: a sum of sums is more exact than one long sum.
           float* const to = c[h * kRows + r] + v * kLanes;
-          const Vector out = accumulate ? At(to) + acc[h][r][v] : acc[h][r][v];
-          if (stream) Stream(to, out);
-          else At(to) = out;
+          Store(to, accumulate ? At(to) + acc[h][r][v] : acc[h][r][v], stream);
         }
 }
 

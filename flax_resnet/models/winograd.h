@@ -146,10 +146,7 @@ void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
   const Index tiles = TileCount(os), shares = 4 * Threads(pool);
   const Index fit = std::min(TilesThatFit(ci + block), tiles / shares);
   const Index group = std::max(kTile, fit / kTile * kTile);
-  auto store = [streams = Streams(out, os)](float* to, const Vector& v) {
-    if (streams) Stream(to, v);
-    else At(to) = v;
-  };
+  const bool streams = Streams(out, os);
   ParallelFor(pool, (tiles + group - 1) / group, [&](Index g) {
     const Index first = g * group, count = std::min(group, tiles - first);
     const Index in_distance = Distance(group * ci), out_distance = Distance(group * block);
@@ -172,10 +169,10 @@ void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
           const Index pixel = (place.n * os.h + place.y) * os.w + place.x;
           float* const to = out + pixel * co + b * block + c;
           const bool right = place.x + 1 < os.w, below = place.y + 1 < os.h;
-          store(to, tile[0]);
-          if (right) store(to + co, tile[1]);
-          if (below) store(to + os.w * co, tile[2]);
-          if (right && below) store(to + (os.w + 1) * co, tile[3]);
+          Store(to, tile[0], streams);
+          if (right) Store(to + co, tile[1], streams);
+          if (below) Store(to + os.w * co, tile[2], streams);
+          if (right && below) Store(to + (os.w + 1) * co, tile[3], streams);
         }
     }
   });
