@@ -98,7 +98,7 @@ def open_data(config: Config, mesh: Mesh) -> Data:
             f"{config.dataset} cannot be streamed from TFRecord files: prepare it with "
             "file_format='array_record', or set --config.data_feed=resident"
         )
-    batches = EvalBatches(train, config.eval_batch_size, slice(None))
+    batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
     with contextlib.closing(stream(batches, config.stream_workers)) as read:
         return Data(train, test, channel_statistics(b["image"][b["mask"]] for b in read))
 
@@ -157,7 +157,7 @@ def _resident(
         for split in (train_set, test_set)
     )
     steps_per_epoch = len(train_set) // config.batch_size
-    eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
+    eval_batch_size = _eval_batch_size(config, len(test_set), mesh)
     zero = np.int32(0)
 
     @functools.lru_cache(maxsize=1)
@@ -207,7 +207,7 @@ def _streamed(
     steps: range,
     rollbacks: int,
 ) -> Iterator[Feed]:
-    eval_batch_size = _round_up(config.eval_batch_size, mesh.size)
+    eval_batch_size = _eval_batch_size(config, len(test_set), mesh)
     train = TrainBatches(
         train_set,
         config.seed,
@@ -284,8 +284,9 @@ def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float]
     return None
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return math.ceil(size / multiple) * multiple
+def _eval_batch_size(config: Config, examples: int, mesh: Mesh) -> int:
+    """The config's, rounded up to what the devices divide; no more than there are examples."""
+    return math.ceil(min(config.eval_batch_size, examples) / mesh.size) * mesh.size
 
 
 # Arrays over the devices of all hosts, from what this host has.

@@ -125,6 +125,12 @@ def _plan(
     steps_per_epoch = len(data.train) // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
+    pixels = max(data.train.image_shape[:2])
+    for key in ("crop_padding", "cutout"):
+        if getattr(config, key) > pixels:
+            raise InputError(
+                f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"
+            )
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
     learning_rate = learning_rate_schedule(
         config, steps_per_epoch=steps_per_epoch, total_steps=total_steps

@@ -350,6 +350,9 @@ def test_sizes_that_do_not_fit(config, tmp_path):
         fr.train(changed(config, batch_size=36), tmp_path)
     with pytest.raises(fr.InputError, match="batch_size=512 of only 264 examples"):
         fr.train(changed(config, batch_size=512), tmp_path)
+    for key in ("crop_padding", "cutout"):
+        with pytest.raises(fr.InputError, match=f"{key}=33 of images with only 32 pixels a side"):
+            fr.train(changed(config, **{key: 33}), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
