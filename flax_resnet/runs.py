@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
     """
     workdir = Path(workdir)
     path = workdir / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too where one may not look
         raise InputError(f"{workdir} is not the folder of a run: it has no config.json")
     try:
         config = check_config(files.read_json(path))

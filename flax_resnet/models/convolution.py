@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from flax_resnet.models import native
@@ -54,6 +56,7 @@ def convolution(
     Returns:
       [N, (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1, CO].
     """
+    x, kernel = _vary_alike(x, kernel)
     return forward.bind(x, kernel, geometry=_geometry(x, kernel, stride, padding))
 
 
@@ -93,6 +96,19 @@ def grouped_convolution(
     return lax.platform_dependent(x, kernel, cpu=dense, default=grouped)
 
 
+def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two, for `jax.shard_map`: one may be the same on all devices and the other not.
+
+    The cast sums the gradients of what is the same on all of them.
+    """
+    of_x, of_kernel = (jax.typeof(array).mat.varying for array in (x, kernel))
+    if more := of_kernel - of_x:
+        x = lax.pcast(x, tuple(more), to="varying")
+    if more := of_x - of_kernel:
+        kernel = lax.pcast(kernel, tuple(more), to="varying")
+    return x, kernel
+
+
 def _geometry(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> Geometry:
     return Geometry(stride, padding, (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]))
 
@@ -112,15 +128,17 @@ def _xla_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: in
 
 
 def _xla_input_gradient(gradient: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    # Of x the type alone counts: it is divided among devices as its gradient is.
     shape = _input_shape(gradient.shape, kernel.shape, geometry)
-    x = jax.ShapeDtypeStruct(shape, gradient.dtype)
+    x = jnp.broadcast_to(gradient.sum((1, 2, 3), keepdims=True), shape)
+    x, kernel = _vary_alike(x, kernel)
     transpose = jax.linear_transpose(lambda x: _xla_forward(x, kernel, geometry), x)
     return transpose(gradient)[0]
 
 
 def _xla_kernel_gradient(x: jax.Array, gradient: jax.Array, geometry: Geometry) -> jax.Array:
     shape = _kernel_shape(x.shape, gradient.shape, geometry)
-    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    x, kernel = _vary_alike(x, jnp.zeros(shape, x.dtype))
     transpose = jax.linear_transpose(lambda kernel: _xla_forward(x, kernel, geometry), kernel)
     return transpose(gradient)[0]
 
@@ -145,6 +163,8 @@ def _define(
     name: str,
     xla: Callable[[jax.Array, jax.Array, Geometry], jax.Array],
     result_shape: Callable[[Shape, Shape, Geometry], Shape],
+    *,
+    by_example: bool,
 ) -> Primitive:
     """The primitive (a, b, geometry) -> result, all but its derivatives.
 
@@ -152,12 +172,15 @@ def _define(
       name: of the function of convolution.cc.
       xla: the same operation in XLA.
       result_shape: shape of the result, from those of a and b.
+      by_example: whether the result is divided among devices as a is, along the first axis.
     """
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
-    primitive.def_abstract_eval(
-        lambda a, b, *, geometry: a.update(shape=result_shape(a.shape, b.shape, geometry))
-    )
+
+    @primitive.def_abstract_eval
+    def result(a, b, *, geometry):
+        sharding = a.sharding if by_example else NamedSharding(a.sharding.mesh, P(*4 * [None]))
+        return a.update(shape=result_shape(a.shape, b.shape, geometry), sharding=sharding)
 
     def with_xla(a, b, *, geometry):
         return xla(a, b, geometry)
@@ -175,7 +198,7 @@ def _define(
         applies = (
             all(aval.dtype == np.float32 and aval.size for aval in ctx.avals_in)
             # XLA cannot divide a function that it does not know among devices.
-            and ctx.module_context.axis_context.num_devices == 1
+            and _num_devices(ctx.module_context.axis_context) == 1
             # An exported program runs where there is no convolution.cc.
             and not ctx.module_context.lowering_parameters.for_export
             and (lanes := native.lanes())
@@ -193,9 +216,15 @@ def _define(
     return primitive
 
 
-forward = _define("forward", _xla_forward, _output_shape)
-input_gradient = _define("input_gradient", _xla_input_gradient, _input_shape)
-kernel_gradient = _define("kernel_gradient", _xla_kernel_gradient, _kernel_shape)
+def _num_devices(axis_context: Any) -> int:
+    # That of jax.shard_map and jax.pmap has a mesh alone.
+    mesh = getattr(axis_context, "mesh", None)
+    return axis_context.num_devices if mesh is None else mesh.size
+
+
+forward = _define("forward", _xla_forward, _output_shape, by_example=True)
+input_gradient = _define("input_gradient", _xla_input_gradient, _input_shape, by_example=True)
+kernel_gradient = _define("kernel_gradient", _xla_kernel_gradient, _kernel_shape, by_example=False)
 
 ad.defbilinear(
     forward,

@@ -40,4 +40,5 @@ def _windows(x: jax.Array, size: int) -> jax.Array:
     """[N, H, W, C] as [N, H // size, size, W // size, size, C]."""
     n, h, w, c = x.shape
     h, w = h // size, w // size
-    return x[:, : h * size, : w * size].reshape(n, h, size, w, size, c)
+    x = x[:, : h * size, : w * size].reshape(n, h, size, w * size, c)
+    return x.reshape(n, h, size, w, size, c)

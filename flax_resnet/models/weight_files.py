@@ -37,14 +37,15 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(source)
     suffix = path.suffix.lower()
-    if not path.exists() and suffix not in (".safetensors", ".pth", ".pt"):
+    # os.path says no where Path raises: a name too long, a folder not to be looked into.
+    if not os.path.exists(path) and suffix not in (".safetensors", ".pth", ".pt"):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(source)):
             raise ValueError(f"{source} is neither a file nor the id of a Hub repository")
         path = Path(_download(os.fspath(source)))
         suffix = path.suffix
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"there is no file {path}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file")
     if suffix == ".safetensors":
         state_dict = _read_safetensors(path)

@@ -233,8 +233,9 @@ def _streamed(
         # Its processes are there from the first evaluation to the last.
         contextlib.closing(stream(test, config.stream_workers)) as test_batches,
     ):
-        # The next batch is on its way to the device while a step runs.
-        ahead = _put_share(next(batches), mesh)
+        # The next batch is on its way to the device while a step runs. There is none for a run
+        # that was stopped in its last evaluation.
+        ahead = _put_share(next(batches), mesh) if steps else None
         next_step = steps.start
 
         def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:

@@ -1,5 +1,6 @@
 """The weights that a run starts from, where these are not random ones."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
             "name the weights to start from: --config.init_from=SOURCE, the folder of a run, "
             "a .safetensors or .pth file, or the id of a Hugging Face Hub repository"
         )
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         best = choose_checkpoint(Path(source), "best")
         return to_arrays(create_model(config.model), read_variables(best))
     try:

@@ -34,7 +34,10 @@ def check_workdir(workdir: Path, config: Config) -> None:
     Raises:
       InputError: says which.
     """
-    existing = next(p for p in [workdir, *workdir.absolute().parents] if p.exists())
+    try:
+        existing = next(p for p in [workdir, *workdir.absolute().parents] if p.exists())
+    except OSError as error:  # a folder on the way is not to be looked into, a name too long
+        raise InputError(f"cannot write workdir {workdir}: {error.strerror}") from error
     if not existing.is_dir():
         raise InputError(f"cannot write workdir {workdir}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):

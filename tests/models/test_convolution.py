@@ -138,6 +138,19 @@ def test_runs_in_our_own_code(operands):
     assert custom_calls(gradients(ours), *operands)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_in_shard_map(operands, devices):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    by_example = PartitionSpec("data")
+    specs = (by_example, PartitionSpec())
+    divided = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=by_example)
+    assert custom_calls(divided, *operands) == (devices == 1)
+    out, (by_x, by_kernel) = jax.jit(divided)(*operands), jax.jit(gradients(divided))(*operands)
+    assert_close(out, xlas(*operands))
+    assert_close(by_x, gradients(xlas)(*operands)[0])
+    assert_close(by_kernel, gradients(xlas)(*operands)[1])
+
+
 def test_second_derivatives(operands):
     def forward_over_reverse(convolve):
         return lambda *primals: jax.jvp(gradients(convolve), primals, primals)[1]

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_resnet as fr
 
@@ -20,13 +22,17 @@ SHAPE = (2, 16, 16, 3)
 predict: Any = partial(MODEL.apply, train=False)
 
 
-@pytest.fixture(scope="module")
-def variables():
+def draw(model):
     images = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
-    shapes = jax.eval_shape(lambda: MODEL.lazy_init(jax.random.key(0), images, train=False))
+    shapes = jax.eval_shape(lambda: model.lazy_init(jax.random.key(0), images, train=False))
     rng = np.random.default_rng(0)
     # Not drawn by `init`: XLA takes seconds to compile that for a CPU.
     return jax.tree.map(lambda s: jnp.array(rng.uniform(0, 0.3, s.shape), s.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return draw(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,32 @@ def test_gradient_for_each_example(variables, images):
         rtol=1e-3,
         atol=1e-2,
     )
+
+
+@pytest.mark.parametrize("kind", ["shard_map", "explicit"])
+@pytest.mark.parametrize(
+    "model", [MODEL, fr.ResNet9(3, widths=(8, 8, 8, 8))], ids=["ResNet", "ResNet9"]
+)
+def test_gradient_on_two_devices(model, kind, images):
+    variables = draw(model)
+
+    def loss(variables, images):
+        return jnp.square(model.apply(variables, images, train=False)).mean()
+
+    def on_each(variables, images):
+        return jax.value_and_grad(lambda *a: jax.lax.pmean(loss(*a), "data"))(variables, images)
+
+    expected = jax.jit(jax.value_and_grad(loss))(variables, images)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        variables = jax.device_put(variables, NamedSharding(mesh, P()))
+        images = jax.device_put(images, NamedSharding(mesh, P("data")))
+        step = jax.value_and_grad(loss)
+        if kind == "shard_map":
+            step = jax.shard_map(on_each, in_specs=(P(), P("data")), out_specs=P())
+        result = jax.jit(step)(variables, images)
+    for ours, theirs in zip(*map(jax.tree.leaves, (result, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_eval_shape_and_tabulate(variables, images):

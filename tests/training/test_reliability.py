@@ -43,10 +43,20 @@ def as_json(config):
 
 
 @pytest.mark.parametrize(
-    ("number", "stops"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("number", "step", "data_feed"),
+    [
+        (signal.SIGINT, 3, "resident"),
+        (signal.SIGTERM, 12, "resident"),
+        (signal.SIGINT, 16, "resident"),
+        (signal.SIGTERM, 32, "stream"),
+    ],
+    ids=["first epoch", "epoch", "evaluation", "last evaluation"],
 )
-@pytest.mark.parametrize("step", [3, 12, 16], ids=["first epoch", "epoch", "evaluation"])
-def test_signal_loses_nothing(finished, config, tmp_path, monkeypatch, capsys, number, stops, step):
+def test_signal_loses_nothing(
+    finished, config, tmp_path, monkeypatch, capsys, number, step, data_feed
+):
+    config = changed(config, data_feed=data_feed, stream_workers=0)
+    stops = SystemExit if number == signal.SIGTERM else KeyboardInterrupt
     steps = 0
 
     def raise_signal(self, *arguments):
