@@ -86,9 +86,12 @@ def open_test_set(run: Run, data_dir: str | None = None) -> Dataset | Source:
     config = run.config
     source = Source(config.dataset, config.eval_split, data_dir or config.data_dir)
     data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
+    trained_for = f"than the run in {run.workdir} was trained for"
     if data.class_names != run.class_names:
+        raise InputError(f"{config.dataset} has other classes {trained_for}")
+    if data.image_shape != run.image_shape:
         raise InputError(
-            f"{config.dataset} has other classes than the run in {run.workdir} was trained for"
+            f"{config.dataset} has images of another shape, {data.image_shape}, {trained_for}"
         )
     return data
 

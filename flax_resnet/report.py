@@ -15,6 +15,7 @@ import argparse
 import base64
 import importlib.metadata
 import io
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -106,6 +107,8 @@ def write_report(
     """
     runs = [load_run(workdir, "newest") for workdir in workdirs]
     path = Path(workdirs[0]) / "report.html" if output is None else Path(output)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder: name a file by --output")
     short = [run.workdir.resolve().name for run in runs]
     names = short if len(set(short)) == len(short) else [str(run.workdir) for run in runs]
     environment = jinja2.Environment(

@@ -85,7 +85,10 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, call):
         assert message in err
 
 
-def test_data_of_other_classes(run):
+def test_data_of_another_kind(run):
     other = dataclasses.replace(run, class_names=("cat", "dog"))
     with pytest.raises(fr.InputError, match="digits has other classes than the run in"):
+        open_test_set(other)
+    other = dataclasses.replace(run, image_shape=(32, 32, 1))
+    with pytest.raises(fr.InputError, match=r"digits has images of another shape, \(32, 32, 3\)"):
         open_test_set(other)

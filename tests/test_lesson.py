@@ -96,6 +96,12 @@ def test_receptive_fields_follow_the_formula(block, shortcut):
     assert stages[2].shape == (6, 6, 16 * block.expansion)
 
 
+@pytest.mark.parametrize("fields", [{"norm": "group"}, {"squeeze_excite": True}])
+def test_a_field_without_an_end_is_refused(fields):
+    with pytest.raises(ValueError, match="need norm='batch' and squeeze_excite=False"):
+        measure.stages(tiny(fr.BasicBlock, (1, 1), **fields), (12, 12, 3))
+
+
 def test_a_field_longer_than_the_first_row():
     model = tiny(fr.Bottleneck, (1, 1), widths=(2, 2), strides=(8, 8))
     assert measure.stages(model, (64, 64, 1))[2].field == 3 + 2 + 2 * 8

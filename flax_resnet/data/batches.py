@@ -98,6 +98,7 @@ class EvalBatches:
 
     @property
     def batches_each_time(self) -> int:
+        """Of the split once, the last of them filled up."""
         return -(-len(self.source) // self.batch_size)
 
     def __len__(self) -> int:

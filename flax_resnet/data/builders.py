@@ -27,7 +27,7 @@ Example = tuple[int, dict[str, Any]]
 with registered.skip_registration():
 
     class Cifar10(cifar.Cifar10):
-        """TFDS's own cifar10: its name, version, features, order and checksum.
+        """TFDS's own cifar10: its name, version, features and order.
 
         Attributes:
           archive: CIFAR-10's binary archive on disk; downloaded when None.

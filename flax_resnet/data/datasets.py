@@ -2,15 +2,15 @@
 
 import contextlib
 import hashlib
+import http.client
 import io
 import logging
+import os
 import struct
 import tempfile
 import threading
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +117,7 @@ class Source:
         self.class_names = tuple(self._builder.info.features["label"].names)
         self.image_shape = self._builder.info.features["image"].shape
         if None in self.image_shape and self.can_be_streamed:
-            self.image_shape = self.read(np.array([0]))[0].shape[1:]
+            self.image_shape = self._decode(np.array([0]))[0][0].shape
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -148,7 +148,12 @@ class Source:
         Raises:
           InputError: if they cannot be read, or differ in size.
         """
-        images, labels = [None] * len(index), np.empty(len(index), np.int32)
+        images, labels = self._decode(index)
+        _check_sizes(self._builder, {self.image_shape, *(image.shape for image in images)})
+        return np.stack(images), labels
+
+    def _decode(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        images, labels = [np.empty(0)] * len(index), np.empty(len(index), np.int32)
         range_of_each = np.searchsorted(self._ends, index, side="right")
         try:
             for i in np.unique(range_of_each):
@@ -161,8 +166,8 @@ class Source:
                 for place, record in zip(places, records, strict=True):
                     example: Any = self._features.deserialize_example_np(record)
                     images[place], labels[place] = example["image"], example["label"]
-            return np.stack(images), labels  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except Exception as error:  # of the file readers and the decoders, or of other sizes
+            return images, labels
+        except Exception as error:  # of the file readers and the decoders
             raise InputError(
                 _damaged(self._builder.name, self._builder.data_path, error)
             ) from error
@@ -200,13 +205,14 @@ def _open_split(name: str, split: str, data_dir: str | None) -> tuple[_Builder, 
     builder = _open(name, data_dir)
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, NotImplementedError) as error:
         known = ", ".join(builder.info.splits)
         raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
     ranges = []
     for part in parts:  # what is left open is None
         count = builder.info.splits[part.splitname].num_examples
-        ranges.append((part.splitname, part.from_ or 0, count if part.to is None else part.to))
+        start, stop = part.from_ or 0, count if part.to is None else part.to
+        ranges.append((part.splitname, start, max(start, stop)))
     if not sum(stop - start for _, start, stop in ranges):
         raise InputError(f"split {split!r} of {name} is empty")
     return builder, ranges
@@ -223,14 +229,30 @@ def _open(name: str, data_dir: str | None) -> _Builder:
             f"unknown data set {name!r}: use cifar10, digits, or another name of TFDS"
         ) from error
     except Exception as error:  # TFDS lets through whatever its parsers raise
-        folder = data_dir or constants.DATA_DIR
-        raise InputError(_damaged(name, folder, error)) from error
+        folder = os.path.join(os.path.expanduser(data_dir or constants.DATA_DIR), name)
+        if name.isidentifier() and os.path.isdir(folder):
+            raise InputError(_damaged(name, folder, error)) from error
+        raise InputError(f"cannot open data set {name!r}: {short_reason(error)}") from error
     if not builder.is_prepared():
         if builder.data_path.exists():
             raise InputError(_damaged(name, builder.data_path, "it has no dataset_info.json"))
         _prepare(builder)
-    if not {"image", "label"} <= set(builder.info.features or ()):
-        raise InputError(f"data set {name!r} has no image and label to classify")
+    features = dict(builder.info.features or {})
+    image, label = features.get("image"), features.get("label")
+    if not (
+        isinstance(image, tfds.features.Image)
+        and isinstance(label, tfds.features.ClassLabel)
+        and image.np_dtype == np.uint8
+    ):
+        raise InputError(f"data set {name!r} has no 8-bit `image` with a class as its `label`")
+    if builder.info.file_format not in (
+        tfds.core.FileFormat.ARRAY_RECORD,
+        tfds.core.FileFormat.TFRECORD,
+    ):
+        raise InputError(
+            f"data set {name!r} is in {builder.info.file_format.value} files: prepare it with "
+            "file_format='array_record'"
+        )
     return builder
 
 
@@ -243,7 +265,7 @@ def _damaged(name: str, folder: Any, reason: Any) -> str:
 
 def _prepare(builder: _Builder) -> None:
     """Runs TFDS's download_and_prepare, after a look whether it can succeed."""
-    name, folder = builder.name, Path(builder.data_path).parents[1]
+    name, folder = builder.name, Path(builder.data_dir_root)
     if isinstance(builder, Cifar10):
         archive = folder / "downloads" / "manual" / CIFAR10_ARCHIVE
         if archive.exists():
@@ -275,7 +297,7 @@ def _prepare(builder: _Builder) -> None:
             "--config.data_dir=DIR)"
         ) from error
     except Exception as error:  # of the disk, the download, its checksum, the examples
-        raise InputError(f"{name} cannot be prepared in {folder}: {error}") from error
+        raise InputError(f"{name} cannot be prepared in {folder}: {short_reason(error)}") from error
 
 
 def _reachable(url: str) -> bool:
@@ -288,7 +310,7 @@ def _reachable(url: str) -> bool:
             answers.append(True)
         except urllib.error.HTTPError:
             answers.append(True)
-        except OSError:
+        except (OSError, http.client.HTTPException, ValueError):  # the last of a proxy's address
             pass
 
     # A daemon thread, because looking the name up ignores every timeout.
@@ -347,7 +369,7 @@ def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] |
             if arrays["fingerprint"].item() == fingerprint:
                 return arrays["images"], arrays["labels"]
             logger.info("the cache %s is stale", path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of NumPy, zipfile and zlib, whatever bit is wrong
         logger.warning("the cache %s is damaged (%s) and is made anew", path, error)
     return None
 
@@ -374,10 +396,13 @@ def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{split} has {len(images)} examples of {count}")
     except Exception as error:  # of the file readers, the protocol buffers and the decoders
         raise InputError(_damaged(builder.name, builder.data_path, error)) from error
-    shapes = {image.shape for image in images}
+    _check_sizes(builder, {image.shape for image in images})
+    return np.stack(images), np.array(labels, np.int32)
+
+
+def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:
     if len(shapes) != 1:
         raise InputError(f"the images of {builder.name} differ in size: {sorted(shapes)[:3]} ...")
-    return np.stack(images), np.array(labels, np.int32)
 
 
 def _examples(builder: _Builder, split: str) -> Iterator[tuple[np.ndarray, np.integer]]:

@@ -114,8 +114,11 @@ def main(options: argparse.Namespace) -> int:
         numbers = _PARTS[part](options, images)
         if numbers is None:
             continue
-        write_json(options.output / f"{part}.json", numbers)
-        getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
+        try:
+            (options.output / f"{part}.json").write_text(json.dumps(numbers) + "\n")
+            getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
+        except OSError as error:
+            raise InputError(f"cannot write into {options.output}: {error.strerror}") from error
         say(f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
     return 0
 
@@ -125,7 +128,8 @@ def load_images(options: argparse.Namespace) -> Images:
     dataset = options.dataset
     if dataset is None:
         folder = options.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-        dataset = "cifar10" if (Path(folder).expanduser() / "cifar10").exists() else "digits"
+        there = os.path.exists(os.path.join(os.path.expanduser(folder), "cifar10"))
+        dataset = "cifar10" if there else "digits"
         if dataset == "digits":
             say(f"there is no cifar10 in {folder}: this is with digits")
     data = load_dataset(dataset, "train", options.data_dir)
@@ -306,13 +310,6 @@ def rounded(values: Any) -> Any:
     """Nested lists of floats with five digits."""
     values = np.asarray(values)
     return np.vectorize(lambda x: float(f"{x:.5g}"))(values).tolist()
-
-
-def write_json(path: Path, numbers: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(numbers) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -42,9 +43,9 @@ def _load() -> int | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = (
-            error.stderr.decode() if isinstance(error, subprocess.CalledProcessError) else error
-        )
+        reason: object = error
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = error.stderr.decode(errors="replace")
         logging.getLogger(__name__).warning(
             "training on this CPU will be over three times slower than it could be: "
             "convolution.cc could not be compiled: %s",
@@ -59,13 +60,13 @@ def _load() -> int | None:
 
 def _compiled() -> Path:
     """The compiled library, from the cache if it is there."""
-    compiler = os.environ.get("CXX") or shutil.which("c++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")
+    if not compiler:
         raise OSError("there is no C++ compiler")
     # What a compiler defines for a CPU tells its version and every set of instructions.
-    macros = _run(compiler, "-march=native", "-x", "c++", "-dM", "-E", os.devnull)
+    macros = _run(*compiler, "-march=native", "-x", "c++", "-dM", "-E", os.devnull)
     sources = b"".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
-    key = hashlib.sha256(sources + macros + jaxlib.version.__version__.encode())
+    key = hashlib.sha256(sources + macros + f"{_FLAGS} {jaxlib.version.__version__}".encode())
     folder = platformdirs.user_cache_path("flax_resnet") / "native"
     path = folder / f"convolution-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -73,9 +74,8 @@ def _compiled() -> Path:
         # Whole before it has its name: another process may be looking for it.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / path.name
-            _run(
-                compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), str(_SOURCE), "-o", str(built)
-            )
+            options = [*_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(built)]
+            _run(*compiler, *options, str(_SOURCE))
             built.replace(path)
     return path
 

@@ -49,6 +49,7 @@ def create_model(
     Raises:
       ValueError: if there is no such model, or the weights cannot be read or do not fit.
       TypeError: if it has no such field.
+      ImportError: if the weights need torch or huggingface_hub, and it is not installed.
     """
     if name not in _MODELS:
         near = difflib.get_close_matches(name, _MODELS, n=3)

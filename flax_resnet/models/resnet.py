@@ -129,6 +129,8 @@ class BatchNorm(nn.Module):
         shape = x.shape
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         if self.train and not (self.frozen and self.frozen(self.path)):
+            if self.splits != 1 and (self.splits < 1 or len(x) % self.splits):
+                raise ValueError(f"bn_splits={self.splits} does not divide a batch of {len(x)}")
             x = x.reshape(self.splits, -1, *shape[1:])
             mean = x.mean((1, 2, 3))
             var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
@@ -644,8 +646,9 @@ class ResNet(nn.Module):
                 "layers, widths and strides have one entry a stage, not "
                 f"{len(self.layers)}, {len(self.widths)} and {len(self.strides)}"
             )
-        if min(self.layers) < 1:
-            raise ValueError(f"layers are at least 1 block a stage, not {tuple(self.layers)}")
+        for name in ("layers", "widths", "strides"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} are at least 1, not {tuple(getattr(self, name))}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is 0 for no classifier, or more: not {self.num_classes}")
         if self.cifar_stem and self.deep_stem:

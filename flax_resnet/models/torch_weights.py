@@ -54,6 +54,7 @@ def from_torch(
     Raises:
       ValueError: lists every entry that is missing, left over or of another shape, or
         says why the file cannot be read.
+      ImportError: see `read_state_dict`.
     """
     what = "the state_dict"
     if isinstance(state_dict, str | os.PathLike):
@@ -95,6 +96,9 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       model: a `ResNet`, `ResNet9`, `VGG` or a block.
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
+
+    Raises:
+      ValueError: if they are stacked: see `unstack_blocks`.
     """
     import torch
 
@@ -105,6 +109,8 @@ def to_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nd
     """The same as `to_torch`, in NumPy arrays and without PyTorch."""
     del model  # the names tell all; the argument mirrors `from_torch`
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
+    if any(module.endswith("_rest") for path in flat for module in path):
+        raise ValueError("the blocks are stacked, as PyTorch has none: unstack_blocks(variables)")
     state_dict = {}
     for path, array in flat.items():
         name = torch_name(path)

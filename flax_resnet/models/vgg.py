@@ -41,7 +41,8 @@ class VGG(nn.Module):
       dtype: type of the compute.
 
     Raises (when called):
-      ValueError: if x is not 4-dimensional, or names the fields that make no sense.
+      ValueError: if x is not 4-dimensional or has less than 2 ** len(layers) pixels a side, or
+        names the fields that make no sense.
     """
 
     layers: Sequence[int]

@@ -33,7 +33,8 @@ def save_weights(
       path: of the file, ends in `.safetensors`.
 
     Raises:
-      ValueError: if it ends in something else, or the file cannot be written.
+      ValueError: if it ends in something else, if the file cannot be written, or the
+        variables are stacked: see `unstack_blocks`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -64,6 +65,7 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
     Raises:
       ValueError: lists every entry, but those of the classifier, that is missing, left over
         or of another shape, or says why the source cannot be read.
+      ImportError: see `read_state_dict`.
     """
     state_dict = read_state_dict(source)
     try:

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
 from flax_resnet.errors import InputError, short_reason
-from flax_resnet.models import ResNet, create_model
+from flax_resnet.models import VGG, ResNet, ResNet9, create_model
 from flax_resnet.models.freezing import is_frozen, names_of
 from flax_resnet.models.shapes import variable_shapes
 
@@ -150,12 +150,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 def default_config() -> ConfigDict:
     """Every key of `Config` with its default, for a recipe to change.
 
-    `model_fields` has the fields of `ResNet`; None, as all of them are, leaves a field as
-    the model has it.
+    `model_fields` has the fields of `ResNet`, `ResNet9` and `VGG`; None, as all of them are,
+    leaves a field as the model has it.
     """
     config = ConfigDict(dataclasses.asdict(Config()))
     _add_placeholders(config, typing.get_type_hints(Config))
-    fields = typing.get_type_hints(ResNet)
+    fields = {
+        name: hint
+        for model in (ResNet, ResNet9, VGG)
+        for name, hint in typing.get_type_hints(model).items()
+    }
     model_fields = ConfigDict()
     _add_placeholders(
         model_fields, {name: fields[name] for name in set(fields) - _DECIDED_BY_OTHER_KEYS}

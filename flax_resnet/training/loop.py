@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.data import Dataset
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
 from flax_resnet.models.registry import Model
+from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
@@ -131,11 +132,17 @@ def _plan(
             raise InputError(
                 f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"
             )
+    if not all(data.statistics[1]):
+        raise InputError(f"a channel of {config.dataset} is the same in all training images")
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
     learning_rate = learning_rate_schedule(
         config, steps_per_epoch=steps_per_epoch, total_steps=total_steps
     )
     model = programs.build_model(config, len(data.train.class_names), mesh)
+    try:
+        variable_shapes(model, data.train.image_shape)
+    except ValueError as error:
+        raise InputError(f"{config.model} cannot be trained so: {short_reason(error)}") from error
     return _Run(
         config,
         workdir,

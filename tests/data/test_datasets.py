@@ -83,15 +83,16 @@ def test_split_strings(digits_dir, split, parts):
     assert len(ours) == len(images)
 
 
-@pytest.mark.parametrize("split", ["trian", "train[:x]", "train[90%", ""])
+@pytest.mark.parametrize("split", ["trian", "train[:x]", "train[90%", "all[:50%]", ""])
 def test_unknown_split(digits_dir, split):
     with pytest.raises(InputError, match=r"has no split .*; it has: train, test"):
         load_dataset("digits", split, str(digits_dir))
 
 
-def test_empty_split(digits_dir):
+@pytest.mark.parametrize("split", ["train[7:7]", "train[50:10]", "train[90%:10%]"])
+def test_empty_split(digits_dir, split):
     with pytest.raises(InputError, match="is empty"):
-        load_dataset("digits", "train[7:7]", str(digits_dir))
+        load_dataset("digits", split, str(digits_dir))
 
 
 # The cache.
@@ -219,9 +220,26 @@ def test_damaged_folder(own_digits, name, content):
     assert "\n" not in str(error.value)
 
 
-def test_unknown_data_set():
+def test_unknown_data_set(tmp_path):
     with pytest.raises(InputError, match="unknown data set 'cifra10': use cifar10, digits"):
         load_dataset("cifra10", "train")
+    for name in ("cifar-10", "mnist:9.9.9", "mnist/large"):  # nothing there is to be deleted
+        with pytest.raises(InputError, match=f"cannot open data set '{name}'"):
+            load_dataset(name, "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("label", [tfds.features.Text(), tfds.features.Scalar(np.int64)])
+def test_data_that_has_no_classes(own_digits, label):
+    folder = own_digits / "others" / "1.0.0"
+    (own_digits / "digits").rename(own_digits / "others")
+    for path in (folder / "dataset_info.json", *folder.glob("digits-*")):
+        path.rename(folder / path.name.replace("digits", "others"))
+    info = (folder / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace("digits", "others"))
+    assert len(load_dataset("others", "test", str(own_digits))) == 360
+    tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label}).save_config(folder)
+    with pytest.raises(InputError, match="'others' has no 8-bit `image` with a class"):
+        load_dataset("others", "test", str(own_digits))
 
 
 # CIFAR-10 without a network.

@@ -241,7 +241,8 @@ def test_group_norm_computes_in_float32(rng):
         ({"norm": "layer"}, "norm is 'batch' or 'group', not 'layer'"),
         ({"norm": "group", "bn_splits": 2}, "bn_splits=2 is for norm='batch'"),
         ({"deep_stem": True}, "cifar_stem and deep_stem"),
-        ({"layers": (2, 0)}, r"layers .* not \(2, 0\)"),
+        ({"layers": (2, 0)}, r"layers are at least 1, not \(2, 0\)"),
+        ({"strides": (0, 2)}, r"strides are at least 1, not \(0, 2\)"),
         ({"num_classes": -1}, "num_classes .* not -1"),
         ({"dropout": 0.1}, "dropout is for PreActBasicBlock, not BasicBlock"),
         ({"block": fr.PreActBasicBlock, "dropout": 1.0}, "dropout is from 0 to below 1"),
@@ -260,6 +261,13 @@ def test_fields_that_make_no_sense_are_refused(fields, message):
     model = small(**fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_splits_divide_the_batch():
+    model = small(bn_splits=3)
+    x = jnp.zeros((4, 8, 8, 3))
+    with pytest.raises(ValueError, match="bn_splits=3 does not divide a batch of 4"):
+        jax.eval_shape(partial(model.init, train=True), jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,8 @@ def test_stacked_blocks_are_the_same_blocks(rng):
         "layer3_rest",
     ]
     chex.assert_trees_all_equal(fr.unstack_blocks(stacked), variables)
+    with pytest.raises(ValueError, match=r"unstack_blocks\(variables\)"):
+        fr.to_torch(model, stacked)
 
     @partial(jax.jit, static_argnames="train")
     def apply(variables, train):

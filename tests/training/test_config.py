@@ -157,6 +157,8 @@ FIELDS = {
     "width_per_group": ("lab10_resnet50", 32),
     "squeeze_excite": ("cifar_resnet8", True),
     "norm": ("cifar_resnet8", "group"),
+    "batch_norm": ("vgg11", True),
+    "hidden": ("vgg11", 512),
     "dropout": ("cifar_wrn16_8", 0.1),
     "stochastic_depth": ("cifar_resnet8", 0.1),
     "scan_blocks": ("cifar_resnet20", True),

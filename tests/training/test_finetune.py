@@ -161,6 +161,7 @@ def test_file_of_other_classes_gives_all_but_the_classifier(config, tmp_path, ca
         ({"init_from": ""}, "name the weights to start from: --config.init_from=SOURCE"),
         ({"init_from": "nothing"}, "nothing is neither a file nor the id of a Hub repository"),
         ({"init_from": "gone.pth"}, "there is no file gone.pth"),
+        ({"init_from": 300 * "x"}, "x is neither a file nor the id of a Hub repository"),
         ({"init_from": "."}, r"\. holds no checkpoint of a run"),
         ({"model": "cifar_resnet20"}, "for cifar_resnet20: .* missing layer1.1.bn1.running_mean"),
         ({"model": "vgg11"}, "for vgg11: .* left over"),

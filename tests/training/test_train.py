@@ -337,6 +337,8 @@ def test_workdir_that_is_a_file(config, tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(fr.InputError, match=r"cannot write workdir .* is a file"):
             fr.train(config, folder)
+    with pytest.raises(fr.InputError, match=r"cannot write workdir .*: File name too long"):
+        fr.train(config, tmp_path / (300 * "x"))
 
 
 def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch):
@@ -353,6 +355,16 @@ def test_sizes_that_do_not_fit(config, tmp_path):
     for key in ("crop_padding", "cutout"):
         with pytest.raises(fr.InputError, match=f"{key}=33 of images with only 32 pixels a side"):
             fr.train(changed(config, **{key: 33}), tmp_path)
+    per_replica = changed(config, batch_norm="per_replica", model_fields={"norm": "group"})
+    with pytest.raises(fr.InputError, match="cannot be trained so: bn_splits=8 is for norm='batch"):
+        fr.train(per_replica, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_channel_of_one_value(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(feeds, "channel_statistics", lambda chunks: ((0.5,) * 3, (0.2, 0.2, 0.0)))
+    with pytest.raises(fr.InputError, match="a channel of digits is the same in all training im"):
+        fr.train(config, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
