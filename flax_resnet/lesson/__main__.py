@@ -64,6 +64,7 @@ class Images(NamedTuple):
 
 
 def make_parser() -> Parser:
+    """The command line of `python -m flax_resnet.lesson`."""
     parser = Parser("lesson", _DESCRIPTION)
     parser.epilog = _EPILOG
     add = parser.add_argument

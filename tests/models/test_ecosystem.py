@@ -82,7 +82,9 @@ def test_gradient_on_two_devices(model, kind, images):
     variables = draw(model)
 
     def loss(variables, images):
-        return jnp.square(model.apply(variables, images, train=False)).mean()
+        # Training in shard_map, each device would have BatchNorm statistics of its own.
+        apply = partial(model.apply, train=kind == "explicit", mutable=["batch_stats"])
+        return jnp.square(apply(variables, images)[0]).mean()
 
     def on_each(variables, images):
         return jax.value_and_grad(lambda *a: jax.lax.pmean(loss(*a), "data"))(variables, images)
