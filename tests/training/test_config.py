@@ -185,6 +185,8 @@ def test_every_field_of_a_model_can_be_set():
         ("batch_size", None, "batch_size must be of type int, not None"),
         ("seed", 10**400, "seed must be of type int, not 1000"),
         ("on_nan", "ignore", "on_nan must be one of stop, rollback"),
+        ("data_feed", "disk", "data_feed must be one of auto, resident, stream"),
+        ("batch_norm", "local", "batch_norm must be one of global, per_replica"),
         ("checkpoint_minutes", 0.0, "checkpoint_minutes must be above 0 and finite"),
         ("keep_checkpoints", 0, "keep_checkpoints must be at least 1"),
     ],
