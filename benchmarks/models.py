@@ -11,6 +11,7 @@ import re
 import flax_resnet as fr
 
 HE = "He et al. 2015, [1512.03385](https://arxiv.org/abs/1512.03385)"
+HU = "Hu et al., [1709.01507](https://arxiv.org/abs/1709.01507)"
 WIDE = "Zagoruyko and Komodakis, [1605.07146](https://arxiv.org/abs/1605.07146)"
 # By the first pattern that fits a whole name: (source, whose weights fit).
 ORIGINS = {
@@ -21,7 +22,8 @@ ORIGINS = {
         "torchvision, timm",
     ),
     r"resnet\d+d": ("He et al. 2018, [1812.01187](https://arxiv.org/abs/1812.01187)", "timm"),
-    r"seresnet.*": ("Hu et al., [1709.01507](https://arxiv.org/abs/1709.01507)", "timm"),
+    r"seresnet50": (HU, "timm"),
+    r"seresnet.*": (HU, "none"),
     r"vgg.*": (
         "Simonyan and Zisserman, [1409.1556](https://arxiv.org/abs/1409.1556)",
         "torchvision",

@@ -13,6 +13,7 @@ A picture that cannot be read is named on standard error and left out, and the e
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -55,8 +56,11 @@ def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.n
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow: large, or with odd metadata
             with Image.open(source) as image:
-                plain = _to_8_bits(ImageOps.exif_transpose(image))
-                sized = ImageOps.fit(plain, (width, height), Image.Resampling.BICUBIC)
+                image.load()
+                upright = image
+                with contextlib.suppress(Exception):  # where its metadata alone is damaged
+                    upright = ImageOps.exif_transpose(image)
+                sized = ImageOps.fit(_to_8_bits(upright), (width, height), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(_reason(error)) from error
     return np.asarray(sized.convert("L" if channels == 1 else "RGB")).reshape(image_shape)
@@ -95,7 +99,7 @@ def find_images(path: Path) -> list[Path]:
         for ending, kind in Image.registered_extensions().items()
         if kind in Image.OPEN  # some are only written
     }
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and os.path.isfile(p))
     if not found:
         raise InputError("a folder without pictures")
     return found

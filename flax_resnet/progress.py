@@ -115,7 +115,9 @@ class Progress:
 
     def time_left(self) -> str:
         """What the rest of the run takes at the speed of this start so far, like 01:23."""
-        return tqdm.format_interval((self._total - self._done) / max(self._rate(), 1e-9))
+        if self._done == self._first:
+            return "?"
+        return tqdm.format_interval((self._total - self._done) / self._rate())
 
     def _rate(self) -> float:
         return (self._done - self._first) / (time.monotonic() - self._started)

@@ -107,8 +107,8 @@ def write_report(
     """
     runs = [load_run(workdir, "newest") for workdir in workdirs]
     path = Path(workdirs[0]) / "report.html" if output is None else Path(output)
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a folder: name a file by --output")
+    if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a device
+        raise InputError(f"{path} is not a file: name one by --output")
     short = [run.workdir.resolve().name for run in runs]
     names = short if len(set(short)) == len(short) else [str(run.workdir) for run in runs]
     environment = jinja2.Environment(

@@ -103,7 +103,7 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
     description = _description(workdir / "dataset.json")
-    mesh = programs.make_mesh(1, devices=jax.local_devices()[:1])
+    mesh = programs.make_mesh(1, devices=programs.find_devices(local=True)[:1])
     model = programs.build_model(config, len(description["class_names"]), mesh)
     folder, variables, written = _read_patiently(
         workdir, checkpoint, model, description["image_shape"]

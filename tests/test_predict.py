@@ -75,6 +75,11 @@ def test_transparent_pixels_are_white(grey, rgb):
     np.testing.assert_array_equal(read(few_colors, transparency=3)[clear], 255)
 
 
+def test_damaged_metadata_of_a_sound_picture(rgb):
+    stored_so = stored(Image.fromarray(rgb), exif=b"Exif\0\0no such thing")
+    np.testing.assert_array_equal(predict.read_image(stored_so, SHAPE), rgb)
+
+
 def test_cmyk():
     cyan = Image.new("CMYK", (40, 40), (255, 0, 0, 0))
     np.testing.assert_allclose(read(cyan, "jpeg")[16, 16], (0, 255, 255), atol=3)

@@ -39,6 +39,7 @@ def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with progress.Progress(3, 300, 100) as shown:
+        assert shown.time_left() == "?"
         now = 20.0
         shown.step(2, 50, np.array([0.5]), np.array([0.25]))
         assert shown.time_left() == "01:00"

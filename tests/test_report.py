@@ -179,7 +179,7 @@ def test_program(finished, tmp_path, call):
     for arguments, message in (
         ((tmp_path,), "is not the folder of a run"),
         ((finished[0], "--output", tmp_path / "no" / "page.html"), "cannot be written: "),
-        ((finished[0], "--output", tmp_path), "is a folder: name a file by --output"),
+        ((finished[0], "--output", tmp_path), "is not a file: name one by --output"),
         ((), "required: RUN"),
     ):
         code, out, err = call(report, "--quiet", *arguments)

@@ -158,6 +158,8 @@ def test_own_pictures(folder, digits_dir, rng):
             for i in range(count):
                 pixels = rng.integers(0, 256, (*rng.integers(40, 90, 2), 3), np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.{'jpg' if i % 2 else 'png'}")
+    clear = Image.new("RGBA", (70, 70), (0, 0, 0, 0))
+    clear.save(folder / "pictures" / "test" / "dog" / "0.png")
     (folder / "pictures.py").write_text(*blocks("how-to/own-data.md", "python"))
     prepare, train = blocks("how-to/own-data.md", "sh")
     run(prepare, folder, digits_dir)
@@ -168,4 +170,6 @@ def test_own_pictures(folder, digits_dir, rng):
         overrides="--config.model=cifar_resnet8 --config.batch_size=8 --config.num_epochs=1",
     )
     assert "40 training and 10 test images" in result.stderr
-    assert fr.load_dataset("pictures", "test", str(folder / "data")).image_shape == (64, 64, 3)
+    test = fr.load_dataset("pictures", "test", str(folder / "data"))
+    assert test.image_shape == (64, 64, 3)
+    assert (test.images == 255).all((1, 2, 3)).sum() == 1  # what is transparent

@@ -102,6 +102,13 @@ def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_accelerator_that_is_not_there(digits_dir):
+    for platform in ("cuda", "tpu"):
+        result = run_train(*DIGITS, data_dir=digits_dir, JAX_PLATFORMS=platform)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert "JAX_PLATFORMS=cpu takes the CPU" in result.stderr
+
+
 def test_no_data_and_no_network(tmp_path):
     # A proxy that refuses stands for a machine without a network.
     result = run_train(

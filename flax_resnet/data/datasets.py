@@ -79,7 +79,7 @@ def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
 
     Raises:
       InputError: if there is no such data set or split, if it is not prepared and
-        cannot be, or if its folder is damaged.
+        cannot be, if its folder is damaged, or if it has examples without a label.
     """
     return _load(*_open_split(name, split, data_dir))
 
@@ -88,6 +88,7 @@ def _load(builder: _Builder, ranges: list[_Range]) -> Dataset:
     whole = {name: _load_whole(builder, name) for name in {name for name, _, _ in ranges}}
     images = [whole[name][0][start:stop] for name, start, stop in ranges]
     labels = [whole[name][1][start:stop] for name, start, stop in ranges]
+    _check_labels(builder, np.concatenate(labels))
     return Dataset(
         images[0] if len(ranges) == 1 else np.concatenate(images),
         labels[0] if len(ranges) == 1 else np.concatenate(labels),
@@ -146,10 +147,11 @@ class Source:
           Images, uint8 [n, H, W, C], and labels, int32 [n].
 
         Raises:
-          InputError: if they cannot be read, or differ in size.
+          InputError: if they cannot be read, differ in size, or have no label.
         """
         images, labels = self._decode(index)
         _check_sizes(self._builder, {self.image_shape, *(image.shape for image in images)})
+        _check_labels(self._builder, labels)
         return np.stack(images), labels
 
     def _decode(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -398,6 +400,11 @@ def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(_damaged(builder.name, builder.data_path, error)) from error
     _check_sizes(builder, {image.shape for image in images})
     return np.stack(images), np.array(labels, np.int32)
+
+
+def _check_labels(builder: _Builder, labels: np.ndarray) -> None:
+    if (labels < 0).any():  # what TFDS gives examples whose label is not published
+        raise InputError(f"{builder.name} has examples without a label in this split")
 
 
 def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:

@@ -9,6 +9,7 @@ channels of the result a multiple of a vector register's), in XLA elsewhere.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters.xla import apply_primitive
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -24,6 +26,8 @@ from jaxtyping import Array, Float
 from flax_resnet.models import native
 
 Shape = tuple[int, ...]
+
+_config: Any = jax.config  # a type checker knows none of its names
 
 
 class Geometry(NamedTuple):
@@ -34,12 +38,14 @@ class Geometry(NamedTuple):
       padding: rows and columns of zeros on every side of an image.
       size: height and width of the images.
       window: height and width of the kernel.
+      precision: `jax.default_matmul_precision`, as it was where the convolution stands.
     """
 
     stride: int
     padding: int
     size: tuple[int, int]
     window: tuple[int, int]
+    precision: str | None
 
 
 def convolution(
@@ -110,7 +116,8 @@ def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _geometry(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> Geometry:
-    return Geometry(stride, padding, (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]))
+    size, window = (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1])
+    return Geometry(stride, padding, size, window, _config.jax_default_matmul_precision)
 
 
 # What each operation means, for XLA. Gradients are [N, OH, OW, CO].
@@ -124,6 +131,7 @@ def _xla_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: in
         [(geometry.padding, geometry.padding)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        precision=geometry.precision,
     )
 
 
@@ -175,7 +183,7 @@ def _define(
       by_example: whether the result is divided among devices as a is, along the first axis.
     """
     primitive = Primitive(name)
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
+    primitive.def_impl(partial(apply_primitive, primitive))
 
     @primitive.def_abstract_eval
     def result(a, b, *, geometry):

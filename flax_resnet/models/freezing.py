@@ -16,6 +16,12 @@ def names_of(path: tuple[str, ...]) -> list[str]:
     return [".".join(words[:end]) for end in range(1, len(words) + 1)]
 
 
+def check_frozen(patterns: Sequence[str]) -> None:
+    """Raises ValueError for one string, of which each letter would be a name."""
+    if isinstance(patterns, str):
+        raise ValueError(f"frozen is a sequence of names, not {patterns!r}")
+
+
 def is_frozen(path: tuple[str, ...], patterns: Sequence[str]) -> bool:
     """Whether a pattern matches any of `names_of(path)`; `*`, `?` and `[]` as in file names."""
     return any(fnmatchcase(name, pattern) for name in names_of(path) for pattern in patterns)

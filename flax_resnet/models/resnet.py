@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
-from flax_resnet.models.freezing import has_frozen_statistics
+from flax_resnet.models.freezing import check_frozen, has_frozen_statistics
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -136,8 +136,9 @@ class BatchNorm(nn.Module):
             var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
             if not self.is_initializing():
                 new = 1 - self.momentum
-                running_mean.value = self.momentum * running_mean.value + new * mean.mean(0)
-                running_var.value = self.momentum * running_var.value + new * var.mean(0)
+                for running, of_batch in ((running_mean, mean), (running_var, var)):
+                    moved = self.momentum * running.value + new * of_batch.mean(0)
+                    running.value = moved.astype(running.value.dtype)
         else:
             x, mean, var = x[None], running_mean.value[None], running_var.value[None]
 
@@ -367,7 +368,7 @@ class ResidualBlock(nn.Module):
             branch = SqueezeExcite(self.dtype, name="se")(branch)
         if train and self._drops_branch():
             survival = 1 - self.stochastic_depth
-            examples = (len(branch), 1, 1, 1)
+            examples = (branch.shape[0], 1, 1, 1)
             keep = jax.random.bernoulli(self.make_rng("dropout"), survival, examples)
             branch = jnp.where(keep, branch / survival, 0).astype(self.dtype)
         return branch if shortcut is None else branch + shortcut
@@ -383,7 +384,7 @@ class BasicBlock(ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool
+        self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
@@ -410,7 +411,7 @@ class Bottleneck(ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool
+        self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         norm = partial(self.norm, train, dtype=dtype)
@@ -450,7 +451,7 @@ class PreActBasicBlock(ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool
+        self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
         norm = partial(self.norm, train, dtype=dtype)
@@ -475,7 +476,7 @@ class PreActBottleneck(ResidualBlock):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool
+        self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
         out_planes = self.planes * self.expansion
@@ -530,8 +531,8 @@ class ResNet(nn.Module):
         (Huang et al., arXiv:1603.09382, equation 4).
       scan_blocks: run the blocks of a stage but the first under `lax.scan`, so that the
         time to compile does not grow with their number. The variables have the same
-        names and values either way; see also `stack_blocks`. For GPU and TPU: XLA:CPU
-        is slow in loops.
+        names and values either way; see also `stack_blocks`. What Flax captures of modules
+        inside is not there for these. For GPU and TPU: XLA:CPU is slow in loops.
       bn_splits: see `BatchNorm`.
       frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
         statistics and normalise by them in training too, such as ("bn1", "layer1");
@@ -565,7 +566,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+        self, x: Float[Array, "n h w c"], train: bool, *, features: bool = False
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
@@ -613,12 +614,12 @@ class ResNet(nn.Module):
             names = [f"layer{stage}_{i}" for i in range(blocks)]
             rates = [rise * (done + i) for i in range(1, blocks + 1)]
             done += blocks
-            x = block(planes, stride, stochastic_depth=rates[0], name=names[0])(x, train=train)
+            x = block(planes, stride, stochastic_depth=rates[0], name=names[0])(x, train)
             if self.scan_blocks and blocks > 1 and not self.is_initializing():
                 x = self._scan(block(planes, parent=None), stage, rates[1:], x, train)
             else:
                 for name, rate in zip(names[1:], rates[1:], strict=True):
-                    x = block(planes, stochastic_depth=rate, name=name)(x, train=train)
+                    x = block(planes, stochastic_depth=rate, name=name)(x, train)
             outputs[f"layer{stage}"] = x
         if self.block.preactivation:
             x = relu(bn(name="bn")(x))
@@ -659,6 +660,7 @@ class ResNet(nn.Module):
             raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
         if self.norm == "group" and self.bn_splits != 1:
             raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
+        check_frozen(self.frozen)
         if self.frozen and self.scan_blocks:
             raise ValueError(
                 "scan_blocks=True runs blocks as one: it cannot have some of them frozen"
@@ -693,7 +695,7 @@ class ResNet(nn.Module):
             variables, key, rate = of_one
             one = block if rate is None else block.clone(stochastic_depth=rate)
             rngs = None if key is None else {"dropout": key}
-            x, updates = one.apply(variables, x, train=train, mutable=["batch_stats"], rngs=rngs)
+            x, updates = one.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
             return x, updates.get("batch_stats")
 
         kinds = [kind for kind in ("params", "batch_stats") if kind in self.variables]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_resnet.models.freezing import has_frozen_statistics
+from flax_resnet.models.freezing import check_frozen, has_frozen_statistics
 from flax_resnet.models.pooling import max_pool2d
 from flax_resnet.models.resnet import BasicBlock, BatchNorm, Dtype, conv3x3, relu, uniform
 
@@ -48,7 +48,7 @@ class ResNet9(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+        self, x: Float[Array, "n h w c"], train: bool, *, features: bool = False
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, dtype=self.dtype)
@@ -64,7 +64,7 @@ class ResNet9(nn.Module):
             x = relu(bn(name=f"bn{stage + 1}")(x))
             if stage != 2:
                 block = BasicBlock(planes, norm=norm, dtype=self.dtype, name=f"block{stage}")
-                x = block(x, train=train)
+                x = block(x, train)
             outputs[f"layer{stage}"] = x
 
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).max(axis=(1, 2))
@@ -83,6 +83,7 @@ class ResNet9(nn.Module):
     def _check(self, x: jax.Array) -> None:
         if x.ndim != 4:
             raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
+        check_frozen(self.frozen)
         if min(x.shape[1:3]) < 8:
             raise ValueError(f"images have 8 pixels a side or more, not {x.shape[1]}x{x.shape[2]}")
         if len(self.widths) != 4:

@@ -8,7 +8,7 @@ So `layer1.0.conv1.weight` [O, I, H, W] is `params/layer1_0/conv1/kernel`
 BatchNorm's running_mean and running_var are mean and var in `batch_stats`, unchanged.
 
 The names are those of torchvision (resnet, wide_resnet, resnext, vgg) and timm (resnet*d,
-seresnet*), whose published weights fit. With norm="group" the modules are called bn1, ...
+seresnet50), whose published weights fit. With norm="group" the modules are called bn1, ...
 all the same, as they are where PyTorch's code is given another norm_layer. Pre-activation
 nets have bn1, conv1, bn2, ... in their blocks, `downsample.0`, a convolution alone, where
 the shape changes, and `bn` before the pooling.

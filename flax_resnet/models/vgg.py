@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_resnet.models.freezing import has_frozen_statistics
+from flax_resnet.models.freezing import check_frozen, has_frozen_statistics
 from flax_resnet.models.pooling import max_pool2d
 from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
@@ -57,7 +57,7 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], *, train: bool, features: bool = False
+        self, x: Float[Array, "n h w c"], train: bool, *, features: bool = False
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
@@ -79,7 +79,7 @@ class VGG(nn.Module):
 
         x = adaptive_average_pool(x, 7)
         # In the order of PyTorch's [N, C, H, W], which classifier.0.weight goes by.
-        x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         for name in ("classifier_0", "classifier_3"):
             x = relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
@@ -94,6 +94,7 @@ class VGG(nn.Module):
     def _check(self, x: jax.Array) -> None:
         if x.ndim != 4:
             raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
+        check_frozen(self.frozen)
         if len(self.layers) != len(self.widths):
             raise ValueError(
                 f"layers and widths have one entry a stage, not {len(self.layers)} "

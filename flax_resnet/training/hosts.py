@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 
 _SECONDS_TO_MEET = 120
 _MILLISECONDS_TO_WAIT = 24 * 3600 * 1000  # for a data set to be downloaded and prepared
@@ -43,10 +43,13 @@ def connect(
             _wait_for(host, port)
     try:
         jax.distributed.initialize(*given, initialization_timeout=_SECONDS_TO_MEET)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:  # of JAX, and of what tells it of the cluster around it
         if coordinator is None and isinstance(error, ValueError):
             return 1  # JAX found nothing around it that would tell it the three
-        raise InputError(f"the processes of this run did not meet: {error}") from error
+        alone = "--coordinator=127.0.0.1:1234 --num_processes=1 --process_id=0 is one by itself"
+        raise InputError(
+            f"the processes of this run did not meet: {short_reason(error)}; {alone}"
+        ) from error
     return jax.process_count()
 
 

@@ -30,7 +30,9 @@ def learning_rate_schedule(
             f"warmup_epochs={config.warmup_epochs} is {warmup} steps of a run of {total_steps}"
         )
     match config.schedule:
-        case "onecycle":  # Smith and Topin, arXiv:1708.07120; PyTorch's OneCycleLR
+        # Smith and Topin, arXiv:1708.07120; the rates of PyTorch's OneCycleLR, which come a step
+        # earlier there. The momentum stays.
+        case "onecycle":
             return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=warmup / total_steps)
         case "constant":
             schedule = optax.constant_schedule(peak)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, normalize
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.registry import Model, create_model
 from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Batch, Metrics, TrainState, eval_step, train_step
@@ -27,15 +27,29 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
+def find_devices(*, local: bool = False) -> list[Any]:
+    """The devices of all hosts, or of this one.
+
+    Raises:
+      InputError: if they cannot be used, as a TPU that another program has.
+    """
+    try:
+        return jax.local_devices() if local else jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where there is no plugin for it
+        raise InputError(
+            f"JAX cannot start: {short_reason(error)}; JAX_PLATFORMS=cpu takes the CPU"
+        ) from error
+
+
 def make_mesh(
     batch_size: int, accumulation_steps: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """One axis, "data", over `devices`; all there are, on all hosts, by default.
 
     Raises:
-      InputError: if they do not divide the batch, or its parts.
+      InputError: if they do not divide the batch, or its parts, or cannot be used.
     """
-    mesh = Mesh(np.array(devices or jax.devices()), ("data",))
+    mesh = Mesh(np.array(devices or find_devices()), ("data",))
     multiple = mesh.size * accumulation_steps
     if batch_size % multiple:
         among = f"{mesh.size} devices"

@@ -200,5 +200,5 @@ def _write_json(path: Path, content: Any) -> None:
 def write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content)
+    temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)

@@ -95,6 +95,19 @@ def test_empty_split(digits_dir, split):
         load_dataset("digits", split, str(digits_dir))
 
 
+def test_examples_without_a_label(digits_dir, monkeypatch):
+    load_whole = datasets._load_whole
+
+    def without_the_third(builder, split):
+        images, labels = load_whole(builder, split)
+        return images, np.where(np.arange(len(labels)) == 3, -1, labels)
+
+    monkeypatch.setattr(datasets, "_load_whole", without_the_third)
+    with pytest.raises(InputError, match="digits has examples without a label in this split"):
+        load_dataset("digits", "test", str(digits_dir))
+    assert len(load_dataset("digits", "test[4:]", str(digits_dir))) == 356
+
+
 # The cache.
 
 

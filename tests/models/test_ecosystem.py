@@ -7,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,50 @@ def test_gradient_for_each_example(variables, images):
     )
 
 
+def test_remat_of_blocks_and_vmap_of_classes(variables, images, expected):
+    def loss(model, variables):
+        return jnp.square(model.apply(variables, images, train=True, mutable=True)[0]).mean()
+
+    frugal = MODEL.clone(block=nn.remat(fr.BasicBlock, static_argnums=(2,)))
+    gradients = [jax.jit(jax.grad(partial(loss, model))) for model in (MODEL, frugal)]
+    assert "remat" in str(gradients[1].trace(variables).jaxpr)
+    for ours, theirs in zip(*(jax.tree.leaves(g(variables)) for g in gradients), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+
+    axes: Any = {"params": 0, "batch_stats": 0}
+    vmap: Any = nn.vmap
+    several = vmap(fr.ResNet, in_axes=None, axis_size=2, variable_axes=axes)
+    two = jax.tree.map(lambda v: jnp.stack([v, v]), variables)
+    fields = {f: getattr(MODEL, f) for f in ("block", "layers", "num_classes", "widths", "strides")}
+    logits = several(**fields).apply(two, images, False)
+    chex.assert_trees_all_close(logits, jnp.stack([expected, expected]), rtol=1e-4)
+
+
+def test_debugging_aids(variables, images, expected):
+    with jax.disable_jit():
+        chex.assert_trees_all_close(predict(variables, images), expected, rtol=1e-4)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        predict(variables, np.full_like(images, np.nan))
+
+
+def test_precision_is_that_of_its_place(variables, images):
+    def precise(variables, images):
+        with jax.default_matmul_precision("highest"):
+            return predict(variables, images)
+
+    def asked_for(function):
+        program = jax.jit(function).trace(variables, images).lower(lowering_platforms=("cuda",))
+        lines = [line for line in program.as_text().splitlines() if "stablehlo.convolution" in line]
+        return [line.count("HIGHEST") for line in lines]
+
+    def gradient(variables, images):
+        return jax.grad(lambda v: precise(v, images).sum())(variables)
+
+    assert set(asked_for(predict)) == {0}
+    assert set(asked_for(precise)) == {2}  # of both operands
+    assert set(asked_for(gradient)) == {2}
+
+
 @pytest.mark.parametrize("kind", ["shard_map", "explicit"])
 @pytest.mark.parametrize(
     "model", [MODEL, fr.ResNet9(3, widths=(8, 8, 8, 8))], ids=["ResNet", "ResNet9"]
@@ -134,6 +179,15 @@ def test_exported_program_runs_without_this_package(variables, images, expected,
     subprocess.run([sys.executable, "-c", WITHOUT_US, tmp_path], check=True, cwd=tmp_path)
     logits = np.load(tmp_path / "logits.npy")
     np.testing.assert_allclose(logits, expected, rtol=1e-4)
+
+
+def test_export_of_any_number_of_images():
+    pytest.importorskip("flatbuffers")
+    (n,) = export.symbolic_shape("n")
+    spec = jax.ShapeDtypeStruct((n, *SHAPE[1:]), jnp.float32)
+    for model in (fr.VGG((1, 1), 3, widths=(8, 8), hidden=8), fr.ResNet9(3, widths=(8, 8, 8, 8))):
+        exported = export.export(jax.jit(partial(model.apply, draw(model), train=False)))(spec)
+        assert exported.out_avals[0].shape == (n, 3)
 
 
 def test_types_are_for_others_too():

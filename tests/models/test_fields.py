@@ -244,6 +244,7 @@ def test_group_norm_computes_in_float32(rng):
         ({"layers": (2, 0)}, r"layers are at least 1, not \(2, 0\)"),
         ({"strides": (0, 2)}, r"strides are at least 1, not \(0, 2\)"),
         ({"num_classes": -1}, "num_classes .* not -1"),
+        ({"frozen": "layer1"}, "frozen is a sequence of names, not 'layer1'"),
         ({"dropout": 0.1}, "dropout is for PreActBasicBlock, not BasicBlock"),
         ({"block": fr.PreActBasicBlock, "dropout": 1.0}, "dropout is from 0 to below 1"),
         ({"stochastic_depth": -0.1}, "stochastic_depth is from 0 to below 1"),
