@@ -87,11 +87,11 @@ def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
 def _load(builder: _Builder, ranges: list[_Range]) -> Dataset:
     whole = {name: _load_whole(builder, name) for name in {name for name, _, _ in ranges}}
     images = [whole[name][0][start:stop] for name, start, stop in ranges]
-    labels = [whole[name][1][start:stop] for name, start, stop in ranges]
-    _check_labels(builder, np.concatenate(labels))
+    labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in ranges])
+    _check_labels(builder, labels)
     return Dataset(
         images[0] if len(ranges) == 1 else np.concatenate(images),
-        labels[0] if len(ranges) == 1 else np.concatenate(labels),
+        labels,
         tuple(builder.info.features["label"].names),
     )
 
