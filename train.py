@@ -155,7 +155,7 @@ def reuse_memory() -> None:
         libc.free(room)
 
 
-def ignore_late_news() -> None:
+def silence_closed_event_loops() -> None:
     """Keeps TensorStore's threads from writing tracebacks of an event loop that is closed.
 
     Where an array cannot be read or written, Orbax raises, which is told in a line, and closes
@@ -187,7 +187,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
     try:
         keep_memory()
-        ignore_late_news()
+        silence_closed_event_loops()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
         end_by_signal(128 + signal.SIGINT)

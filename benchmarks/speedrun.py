@@ -72,7 +72,7 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
     )
 
     net = fr.create_model(config.model, **config.model_fields)
-    init_key, _ = random_keys(seed)
+    init_key, *_ = random_keys(seed)
     variables = net.init(init_key, jax.numpy.zeros((1, *train.image_shape)), train=False)
     model = train_step.torch_net(config.model, variant, **config.model_fields)
     of_others = config.weight_decay * config.decay_bn_and_bias

@@ -15,7 +15,7 @@ def get_config():
     config = default_config()
     config.dataset = "cifar10"
     config.model = "lab10_resnet50"
-    config.update(model_fields={"zero_init_residual": True})
+    config.model_fields.zero_init_residual = True
     config.batch_size = 256
     config.num_epochs = 20
 

@@ -133,8 +133,18 @@ def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """Wilson's 95% score interval of a proportion; see the top of this file for the source."""
     from scipy.stats import binomtest  # a second of import
 
-    interval = binomtest(int(correct), int(count)).proportion_ci(0.95, method="wilson")
+    interval = binomtest(correct, count).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def percent(share: float | None) -> str:
+    """A share to two digits, "-" for None."""
+    return "-" if share is None else f"{share:.2%}"
+
+
+def percent_range(interval: tuple[float, float] | None) -> str:
+    """An interval of shares, as `percent`."""
+    return "-" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 
 
 def summarize(run: Run, evaluation: Evaluation) -> dict[str, Any]:
@@ -208,8 +218,8 @@ def _table(summary: dict[str, Any]) -> str:
             printable(one["name"]),
             str(one["examples"]),
             str(one["correct"]),
-            _percent(one["accuracy"]),
-            _range(one["interval"]),
+            percent(one["accuracy"]),
+            percent_range(one["interval"]),
         )
         for one in summary["classes"]
     ]
@@ -222,9 +232,9 @@ def _table(summary: dict[str, Any]) -> str:
             f"checkpoint {summary['checkpoint']} of {printable(summary['workdir'])} on "
             f"{summary['examples']} images of {printable(split)}{flips}",
             "",
-            f"accuracy  {_percent(summary['accuracy'])}, "
-            f"95% interval {_range(summary['interval'])}",
-            f"top-{_TOP}     {_percent(summary['top5_accuracy'])}",
+            f"accuracy  {percent(summary['accuracy']):>7}, "
+            f"95% interval {percent_range(summary['interval'])}",
+            f"top-{_TOP}     {percent(summary['top5_accuracy']):>7}",
             f"loss      {summary['loss']:7.4f}",
             "",
             *(
@@ -233,14 +243,6 @@ def _table(summary: dict[str, Any]) -> str:
             ),
         ]
     )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:7.2%}"
-
-
-def _range(interval: tuple[float, float] | None) -> str:
-    return "-" if interval is None else f"{interval[0]:.2%} to {interval[1]:.2%}"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,14 @@ from tqdm import tqdm
 from flax_resnet.cli import Parser, run_program
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError, one_line
-from flax_resnet.evaluate import Evaluation, evaluate, open_test_set, summarize
+from flax_resnet.evaluate import (
+    Evaluation,
+    evaluate,
+    open_test_set,
+    percent,
+    percent_range,
+    summarize,
+)
 from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, load_run
 from flax_resnet.training import check_config, hosts
@@ -118,7 +125,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = percent
     with matplotlib.rc_context(_DRAWING):
         page = environment.get_template("report.html").render(
             title=", ".join(names),
@@ -165,7 +172,7 @@ def _describe(run: Run, data_dir: str | None) -> dict[str, Any]:
     ]
     described: dict[str, Any] = {
         "config": config,
-        "surroundings": run.hardware | run.versions,
+        "environment": run.hardware | run.versions,
         "class_names": run.class_names,
         "filters": _filters(run),
     }
@@ -200,13 +207,12 @@ def _facts(
         ("test accuracy", "95% interval", "top-5", "test loss", "calibration error"), "-"
     )
     if summary is not None:
-        low, high = summary["interval"]
         facts = {
-            "test accuracy": f"{_percent(summary['accuracy'])} of {summary['examples']:,} images",
-            "95% interval": f"{_percent(low)} to {_percent(high)}",
-            "top-5": _percent(summary["top5_accuracy"]),
+            "test accuracy": f"{percent(summary['accuracy'])} of {summary['examples']:,} images",
+            "95% interval": percent_range(summary["interval"]),
+            "top-5": percent(summary["top5_accuracy"]),
             "test loss": f"{summary['loss']:.4f}",
-            "calibration error": _percent(calibration),
+            "calibration error": percent(calibration),
         }
     facts |= {
         "checkpoint": f"the newest, step {run.step:,}",
@@ -224,15 +230,11 @@ def _facts(
         facts["epochs done"] = f"{len(records)}, for {config.num_steps:,} steps in all"
     if records:
         best = max(records, key=lambda record: record["test_accuracy"])
-        facts["best epoch"] = f"{best['epoch']}, with {_percent(best['test_accuracy'])}"
+        facts["best epoch"] = f"{best['epoch']}, with {percent(best['test_accuracy'])}"
         speed = np.median([record["images_per_second"] for record in records])
         facts["speed"] = f"{speed:,.0f} training images/s"
         facts["time"] = tqdm.format_interval(sum(record["seconds"] for record in records))
     return facts
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
 
 
 def calibration_bins(
@@ -301,7 +303,7 @@ def _mistakes(
     chosen = wrong[np.argsort(-confidence, stable=True)[:_MISTAKES]]
     if not len(chosen):
         return []
-    images = data.images[chosen] if isinstance(data, Dataset) else data.read(chosen)[0]
+    images, _ = data.read(chosen)
     return [
         {
             "index": int(i),

@@ -56,7 +56,8 @@ class Run:
       image_shape: (H, W, C) of the images that it trains on.
       mean, std: of each channel of its training images, in units of full white.
       model: for this process's first device.
-      variables: {"params", "batch_stats"} of the checkpoint, float32, on that device.
+      variables: {"params", "batch_stats"} of the checkpoint, or {"params"} without BatchNorm,
+        float32, on that device.
       step: training steps done at the checkpoint.
       test_accuracy: at the checkpoint; None if it was written inside an epoch.
       records: lines of metrics.jsonl, also of epochs after the checkpoint.
@@ -160,11 +161,6 @@ def make_classifier(
 def _description(path: Path) -> dict[str, Any]:
     """What `Run` has from dataset.json."""
     content = files.read_json(path)
-    if "image_shape" not in content:
-        raise InputError(
-            f"{path} has no image_shape, since an earlier version wrote it: "
-            "start train.py again with this --workdir, which adds it"
-        )
     keys = ("class_names", "image_shape", "mean", "std")
     names, shape, mean, std = (content.get(key, ()) for key in keys)
     if not (

@@ -37,7 +37,7 @@ PROGRAM = """
         batch = {"image": images, "label": labels, "mask": labels == labels}
         state, _ = train_step(state, batch, model=model, optimizer=optimizer, dropout_key=key)
         outputs = model.apply(state.variables, images, train=False, features=True)
-        return eval_step(state, batch, model=model), outputs
+        return eval_step(state.variables, batch, model=model), outputs
 
     images, labels = jnp.zeros((4, 9, 14, 1), jnp.uint8), jnp.zeros(4, jnp.int32)
     for model in models:

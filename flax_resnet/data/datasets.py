@@ -61,6 +61,10 @@ class Dataset:
         """(H, W, C)."""
         return self.images.shape[1:]
 
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of some examples, as `Source.read`."""
+        return self.images[index], self.labels[index]
+
 
 def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
     """Reads a split of a TFDS image classification data set, preparing it if need be.
@@ -178,7 +182,7 @@ class Source:
 def channel_statistics(
     chunks: Iterable[np.ndarray],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, as the seed computes them.
+    """Mean and standard deviation of each channel, over all pixels.
 
     Args:
       chunks: the images in parts, uint8 [n, H, W, C] each.

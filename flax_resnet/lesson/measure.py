@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, path_aware_map
 
 from flax_resnet.models import ResNet, cifar_resnet20, cifar_resnet56, cifar_resnet110, summary
-from flax_resnet.models.resnet import BatchNorm
+from flax_resnet.models.layers import BatchNorm
 from flax_resnet.training import TrainState, train_step
 from flax_resnet.training.steps import split_layers
 
@@ -132,14 +132,11 @@ def measure_training(
       steps: number of steps.
       seed: of the batches.
     """
-    layers = [x.name for x in summary(model, *_size(images)).layers if x.multiply_adds]
+    height, width, channels = images.shape[1:]
+    table = summary(model, (height, width), channels)
+    layers = [layer.name for layer in table.layers if layer.multiply_adds]
     optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1, momentum=0.9))
-    state = TrainState(
-        step=jnp.int32(0),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
-    )
+    state = TrainState.create(variables, optimizer)
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer))
     rng = np.random.default_rng(seed)
     for _ in range(steps):
@@ -153,11 +150,6 @@ def measure_training(
             [float(np.linalg.norm(params[f"{name}/kernel"])) for name in layers],
             [float(gradients[f"{name}/kernel"][0]) for name in layers],
         )
-
-
-def _size(images: jax.Array) -> tuple[tuple[int, int], int]:
-    _, height, width, channels = images.shape
-    return (height, width), channels
 
 
 # Receptive fields.
@@ -220,8 +212,8 @@ def _fields(
     variables = initial_variables(model, 0, row_shape)
     # Half of a mean over channels: in float32 no path of 110 layers vanishes, and no sum of all
     # paths overflows.
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.full_like(x, 0.5 / x.shape[-2]) if path[-1].key == "kernel" else x,
+    params = path_aware_map(
+        lambda path, x: jnp.full_like(x, 0.5 / x.shape[-2]) if path[-1] == "kernel" else x,
         variables["params"],
     )
 

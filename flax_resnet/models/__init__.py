@@ -1,4 +1,4 @@
-"""ResNet models; this package needs nothing of flax_resnet outside itself."""
+"""ResNets, ResNet-9 and VGG, their weights from and to PyTorch; nothing else of flax_resnet."""
 
 from flax_resnet.models.registry import create_model, list_models
 from flax_resnet.models.resnet import (
@@ -47,12 +47,11 @@ from flax_resnet.models.resnet import (
     seresnet50,
     seresnet101,
     seresnet152,
-    stack_blocks,
-    unstack_blocks,
     wide_resnet50_2,
     wide_resnet101_2,
 )
 from flax_resnet.models.resnet9 import ResNet9, cifar_resnet9
+from flax_resnet.models.stacking import stack_blocks, unstack_blocks
 from flax_resnet.models.summary import summary
 from flax_resnet.models.torch_weights import from_torch, to_torch
 from flax_resnet.models.vgg import (

@@ -4,8 +4,9 @@ With the gradient g of its output for a third, sum(g * convolution(x, kernel)) i
 in each of x, kernel and g. Its derivatives by them are the three operations of a training
 step, and the derivatives of those are again among the three. So three JAX primitives,
 each with the XLA program that means the same, have derivatives of every order, forward
-and reverse. On one CPU device they run in convolution.cc where that applies (float32, and
-channels of the result a multiple of a vector register's), in XLA elsewhere.
+and reverse. On one CPU device they run in convolution.cc where that applies (float32,
+channels of the result a multiple of a vector register's, not in an exported program), in
+XLA elsewhere.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from jaxtyping import Array, Float
 from flax_resnet.models import native
 
 Shape = tuple[int, ...]
+
+# Under `jax.vmap` on a CPU; more are one program of XLA's, which does not grow with their number.
+_MOST_ONE_BY_ONE = 16
 
 _config: Any = jax.config  # a type checker knows none of its names
 
@@ -61,7 +65,11 @@ def convolution(
 
     Returns:
       [N, (H + 2 * padding - KH) // stride + 1, (W + 2 * padding - KW) // stride + 1, CO].
+
+    Raises:
+      ValueError: for shapes that do not go together.
     """
+    _check(x, kernel, 1, stride, padding)
     x, kernel = _vary_alike(x, kernel)
     return forward.bind(x, kernel, geometry=_geometry(x, kernel, stride, padding))
 
@@ -84,8 +92,12 @@ def grouped_convolution(
 
     Returns:
       [N, ..., CO] as `convolution`; of its channels, the i-th of `groups` equal parts is
-      made of the i-th part of x's.
+      made of the i-th part of x's. On a CPU a number that is not finite reaches them all.
+
+    Raises:
+      ValueError: for shapes that do not go together.
     """
+    _check(x, kernel, groups, stride, padding)
 
     def grouped(x, kernel):
         return _xla_forward(x, kernel, _geometry(x, kernel, stride, padding), groups)
@@ -100,6 +112,23 @@ def grouped_convolution(
         return convolution(x, kernel, stride=stride, padding=padding)
 
     return lax.platform_dependent(x, kernel, cpu=dense, default=grouped)
+
+
+def _check(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: int) -> None:
+    # convolution.cc reads memory as these say.
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != groups * kernel.shape[2]:
+        raise ValueError(
+            f"images [N, H, W, C] of shape {x.shape} cannot be convolved with a kernel of "
+            f"{kernel.shape}{f' in {groups} groups' if groups > 1 else ''}"
+        )
+    if stride < 1 or padding < 0:
+        raise ValueError(f"stride={stride} and padding={padding} are at least 1 and 0")
+    for size, window in zip(x.shape[1:3], kernel.shape[:2], strict=True):
+        if isinstance(size, int) and size + 2 * padding < window:
+            raise ValueError(
+                f"a kernel of {kernel.shape[0]}x{kernel.shape[1]} does not fit images of "
+                f"{x.shape[1]}x{x.shape[2]} with padding={padding}"
+            )
 
 
 def _vary_alike(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -188,7 +217,8 @@ def _define(
     @primitive.def_abstract_eval
     def result(a, b, *, geometry):
         sharding = a.sharding if by_example else NamedSharding(a.sharding.mesh, P(*4 * [None]))
-        return a.update(shape=result_shape(a.shape, b.shape, geometry), sharding=sharding)
+        shape = result_shape(a.shape, b.shape, geometry)
+        return a.update(shape=shape, sharding=sharding, weak_type=False)
 
     def with_xla(a, b, *, geometry):
         return xla(a, b, geometry)
@@ -209,7 +239,7 @@ def _define(
             and _num_devices(ctx.module_context.axis_context) == 1
             # An exported program runs where there is no convolution.cc.
             and not ctx.module_context.lowering_parameters.for_export
-            and (lanes := native.lanes())
+            and (lanes := native.load())
             and ctx.avals_out[0].shape[-1] % lanes == 0
         )
         return (lower_ours if applies else lower_xla)(ctx, a, b, geometry=geometry)
@@ -218,7 +248,28 @@ def _define(
     mlir.register_lowering(primitive, lower_for_cpu, platform="cpu")
 
     def batched(operands, axes, *, geometry):
-        return jax.vmap(lambda a, b: xla(a, b, geometry), axes)(*operands), 0
+        if by_example and axes[1] is None:  # more examples
+            a = jnp.moveaxis(operands[0], axes[0], 0)
+            out = primitive.bind(a.reshape(-1, *a.shape[2:]), operands[1], geometry=geometry)
+            return out.reshape(*a.shape[:2], *out.shape[1:]), 0
+
+        def one(n, operands):
+            parts = (
+                operand if axis is None else lax.index_in_dim(operand, n, axis, keepdims=False)
+                for operand, axis in zip(operands, axes, strict=True)
+            )
+            return primitive.bind(*parts, geometry=geometry)
+
+        # XLA makes one grouped convolution of kernels that differ, whose gradient is slow on a
+        # CPU. Not in a loop, where its convolutions are slow too.
+        def one_by_one(*operands):
+            return jnp.stack([one(n, operands) for n in range(count)])
+
+        at_once = jax.vmap(lambda a, b: xla(a, b, geometry), axes)
+        count = next(o.shape[i] for o, i in zip(operands, axes, strict=True) if i is not None)
+        if count > _MOST_ONE_BY_ONE:
+            return at_once(*operands), 0
+        return lax.platform_dependent(*operands, cpu=one_by_one, default=at_once), 0
 
     batching.primitive_batchers[primitive] = batched
     return primitive

@@ -16,27 +16,21 @@ def names_of(path: tuple[str, ...]) -> list[str]:
     return [".".join(words[:end]) for end in range(1, len(words) + 1)]
 
 
-def check_frozen(patterns: Sequence[str]) -> None:
-    """Raises ValueError for one string, of which each letter would be a name."""
-    if isinstance(patterns, str):
-        raise ValueError(f"frozen is a sequence of names, not {patterns!r}")
-
-
 def is_frozen(path: tuple[str, ...], patterns: Sequence[str]) -> bool:
     """Whether a pattern matches any of `names_of(path)`; `*`, `?` and `[]` as in file names."""
     return any(fnmatchcase(name, pattern) for name in names_of(path) for pattern in patterns)
 
 
 def has_frozen_statistics(
-    norm: tuple[str, ...], *, model: tuple[str, ...], patterns: Sequence[str]
+    path: tuple[str, ...], *, model_path: tuple[str, ...], patterns: Sequence[str]
 ) -> bool:
     """Whether the running statistics of a BatchNorm are frozen.
 
     Args:
-      norm: path of the BatchNorm.
-      model: path of the model that has it, from which the patterns count: it may itself be
+      path: of the BatchNorm.
+      model_path: of the model that has it, from which the patterns count: it may itself be
         a part of something.
       patterns: see `is_frozen`.
     """
-    path = norm[len(model) :]
-    return any(is_frozen(("batch_stats", *path, leaf), patterns) for leaf in ("mean", "var"))
+    names = path[len(model_path) :]
+    return any(is_frozen(("batch_stats", *names, leaf), patterns) for leaf in ("mean", "var"))

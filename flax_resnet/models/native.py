@@ -21,15 +21,15 @@ _HEADERS = [_SOURCE.with_name(name) for name in ("winograd.h", "tile.h")]
 _FLAGS = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-w"]
 
 
-def lanes() -> int | None:
-    """Channels that convolution.cc takes at a time; its functions are known to XLA then.
+def load() -> int | None:
+    """Registers the functions of convolution.cc with XLA.
 
-    It is compiled once, by the compiler that $CXX names or c++, in two to three seconds,
-    and kept in the user's cache folder for as long as source, compiler, kind of CPU and
-    jaxlib stay the same.
+    It is compiled once, by the compiler that $CXX names or c++, and kept in the user's cache
+    folder for as long as source, compiler, kind of CPU and jaxlib stay the same.
 
     Returns:
-      None, with one warning in the log, where it cannot be compiled.
+      How many channels they take at a time. None, with one warning in the log, where it cannot
+      be compiled or loaded.
     """
     with _one_at_a_time:
         return _load()
@@ -41,25 +41,26 @@ _one_at_a_time = threading.Lock()
 @functools.cache
 def _load() -> int | None:
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.CalledProcessError) as error:
+        library = _library()
+        for name in ("forward", "input_gradient", "kernel_gradient"):
+            target = jax.ffi.pycapsule(getattr(library, name))
+            jax.ffi.register_ffi_target(f"flax_resnet_{name}", target, platform="cpu")
+        return library.lanes()
+    # ValueError: a $CXX that no shell would read.
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
         reason: object = error
         if isinstance(error, subprocess.CalledProcessError):
             reason = error.stderr.decode(errors="replace")
         logging.getLogger(__name__).warning(
-            "training on this CPU will be over three times slower than it could be: "
-            "convolution.cc could not be compiled: %s",
+            "convolutions on this CPU will be slower than they could be: "
+            "convolution.cc could not be compiled or loaded: %s",
             reason,
         )
         return None
-    for name in ("forward", "input_gradient", "kernel_gradient"):
-        target = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(f"flax_resnet_{name}", target, platform="cpu")
-    return library.lanes()
 
 
-def _compiled() -> Path:
-    """The compiled library, from the cache if it is there."""
+def _library() -> ctypes.CDLL:
+    """The library, from the cache if it is there."""
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")
     if not compiler:
         raise OSError("there is no C++ compiler")
@@ -67,16 +68,32 @@ def _compiled() -> Path:
     macros = _run(*compiler, "-march=native", "-x", "c++", "-dM", "-E", os.devnull)
     sources = b"".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
     key = hashlib.sha256(sources + macros + f"{_FLAGS} {jaxlib.version.__version__}".encode())
-    folder = platformdirs.user_cache_path("flax_resnet") / "native"
-    path = folder / f"convolution-{key.hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Whole before it has its name: another process may be looking for it.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / path.name
-            options = [*_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(built)]
-            _run(*compiler, *options, str(_SOURCE))
-            built.replace(path)
+    name = f"convolution-{key.hexdigest()[:16]}.so"
+    try:
+        return _cached(compiler, platformdirs.user_cache_path("flax_resnet") / "native" / name)
+    except (OSError, RuntimeError):  # no home, no room in it, or nothing there may be run
+        with tempfile.TemporaryDirectory() as scratch:
+            return ctypes.CDLL(_build(compiler, Path(scratch) / name))
+
+
+def _cached(compiler: list[str], path: Path) -> ctypes.CDLL:
+    if path.exists():
+        try:
+            return ctypes.CDLL(path)
+        except OSError:  # damaged, or of another machine that shares the home
+            path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whole before it has its name: another process may be looking for it.
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        built = _build(compiler, Path(scratch) / path.name)
+        with built.open("rb+") as file:
+            os.fsync(file.fileno())
+        built.replace(path)
+    return ctypes.CDLL(path)
+
+
+def _build(compiler: list[str], path: Path) -> Path:
+    _run(*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(path), str(_SOURCE))
     return path
 
 

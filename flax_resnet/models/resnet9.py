@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_resnet.models.freezing import check_frozen, has_frozen_statistics
+from flax_resnet.models.freezing import has_frozen_statistics
+from flax_resnet.models.layers import BatchNorm, Dtype, check_common, conv3x3, relu, uniform
 from flax_resnet.models.pooling import max_pool2d
-from flax_resnet.models.resnet import BasicBlock, BatchNorm, Dtype, conv3x3, relu, uniform
+from flax_resnet.models.resnet import BasicBlock
 
 
 class ResNet9(nn.Module):
@@ -52,7 +53,7 @@ class ResNet9(nn.Module):
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, dtype=self.dtype)
-        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        frozen = partial(has_frozen_statistics, model_path=self.path, patterns=self.frozen)
         norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
         bn = partial(norm, train, dtype=self.dtype)
         outputs = {}
@@ -81,15 +82,11 @@ class ResNet9(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        if x.ndim != 4:
-            raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
-        check_frozen(self.frozen)
+        check_common(self, x)
         if min(x.shape[1:3]) < 8:
             raise ValueError(f"images have 8 pixels a side or more, not {x.shape[1]}x{x.shape[2]}")
         if len(self.widths) != 4:
             raise ValueError(f"widths are those of 4 parts, not {len(self.widths)}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is 0 for no classifier, or more: not {self.num_classes}")
 
 
 cifar_resnet9 = partial(ResNet9)

@@ -102,12 +102,12 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    return {name: torch.from_numpy(array) for name, array in to_arrays(model, variables).items()}
-
-
-def to_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same as `to_torch`, in NumPy arrays and without PyTorch."""
     del model  # the names tell all; the argument mirrors `from_torch`
+    return {name: torch.from_numpy(array) for name, array in to_arrays(variables).items()}
+
+
+def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same as `to_torch`, in NumPy arrays and without PyTorch."""
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
     if any(module.endswith("_rest") for path in flat for module in path):
         raise ValueError("the blocks are stacked, as PyTorch has none: unstack_blocks(variables)")

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_resnet.models.freezing import check_frozen, has_frozen_statistics
+from flax_resnet.models.freezing import has_frozen_statistics
+from flax_resnet.models.layers import BatchNorm, Dtype, check_common, conv3x3, relu
 from flax_resnet.models.pooling import max_pool2d
-from flax_resnet.models.resnet import BatchNorm, Dtype, conv3x3, relu
 
 
 class VGG(nn.Module):
@@ -61,7 +61,7 @@ class VGG(nn.Module):
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
         self._check(x)
         conv = partial(conv3x3, bias_init=nn.initializers.zeros, dtype=self.dtype)
-        frozen = partial(has_frozen_statistics, model=self.path, patterns=self.frozen)
+        frozen = partial(has_frozen_statistics, model_path=self.path, patterns=self.frozen)
         bn = partial(BatchNorm, train, splits=self.bn_splits, frozen=frozen, dtype=self.dtype)
         outputs = {}
         index = 0  # in torchvision's `features`, where ReLU and max-pool count too
@@ -92,9 +92,7 @@ class VGG(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        if x.ndim != 4:
-            raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
-        check_frozen(self.frozen)
+        check_common(self, x)
         if len(self.layers) != len(self.widths):
             raise ValueError(
                 f"layers and widths have one entry a stage, not {len(self.layers)} "
@@ -105,8 +103,6 @@ class VGG(nn.Module):
                 f"{len(self.layers)} stages need images of {2 ** len(self.layers)} pixels, "
                 f"not of {x.shape[1]}x{x.shape[2]}"
             )
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is 0 for no last layer, or more: not {self.num_classes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is from 0 to below 1, not {self.dropout}")
         if self.bn_splits != 1 and not self.batch_norm:

@@ -36,10 +36,11 @@ def save_weights(
       ValueError: if it ends in something else, if the file cannot be written, or the
         variables are stacked: see `unstack_blocks`.
     """
+    del model  # the names tell all; the argument mirrors `from_torch`
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not {path}")
-    arrays = to_arrays(model, variables)
+    arrays = to_arrays(variables)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as scratch:
             written = Path(scratch) / path.name

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,6 +62,20 @@ class History:
         """The first record with the highest test accuracy."""
         return max(self.records, key=lambda record: record["test_accuracy"], default=None)
 
+    def add_steps(self, metrics: Mapping[str, np.ndarray]) -> None:
+        """Adds what steps of the epoch gave, see `train_step`; each [steps]."""
+        self.losses += metrics["loss"].tolist()
+        self.accuracies += metrics["accuracy"].tolist()
+        self.gradient_norms += metrics["gradient_norm"].tolist()
+
+    def means(self) -> Record:
+        """What a record says of the epoch's steps."""
+        return {
+            "train_loss": statistics.fmean(self.losses),
+            "train_accuracy": statistics.fmean(self.accuracies),
+            "gradient_norm": statistics.fmean(self.gradient_norms),
+        }
+
     def end_epoch(self, record: Record) -> None:
         """Adds the record of the epoch, and begins the next."""
         self.records.append(record)
@@ -83,7 +98,7 @@ class Checkpoints:
 
         self._config = config
         self._folder = workdir.absolute() / "checkpoints"
-        self._surroundings = {"versions": _versions(), "hardware": describe_hardware()}
+        self._environment = {"versions": _versions(), "hardware": describe_hardware()}
         self._being_written = 0
         self._saved, self._asked = time.monotonic(), 0
         self._manager = ocp.CheckpointManager(
@@ -120,7 +135,7 @@ class Checkpoints:
         if jax.process_count() == 1:
             return due
         # Clocks differ, and to agree is to wait for each other.
-        return self._asked % _CALLS_TO_AGREE == 0 and hosts.of_first_host(due)
+        return self._asked % _CALLS_TO_AGREE == 0 and hosts.from_first_host(due)
 
     def save(self, state: TrainState, history: History) -> None:
         """Writes a checkpoint in the background, and lets go of those not to be kept.
@@ -138,7 +153,7 @@ class Checkpoints:
                 "best": history.best,
                 "config": dataclasses.asdict(self._config),
             }
-            | self._surroundings
+            | self._environment
         )
         metrics = {}
         if history.records and history.records[-1]["step"] == step:
@@ -177,8 +192,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
                 ),
             )
-            # An earlier version may not have noted all of it.
-            names = {f.name for f in dataclasses.fields(History)} & set(restored["run"])
+            names = [field.name for field in dataclasses.fields(History)]
             return restored["state"], History(**{name: restored["run"][name] for name in names})
         except Exception as error:  # Orbax and TensorStore have many, and no base for them
             raise InputError(

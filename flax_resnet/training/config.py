@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
@@ -18,12 +18,6 @@ from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import VGG, ResNet, ResNet9, create_model
 from flax_resnet.models.freezing import is_frozen, names_of
 from flax_resnet.models.shapes import variable_shapes
-
-SCHEDULES = ("constant", "step", "cosine", "onecycle")
-DTYPES = ("auto", "float32", "bfloat16")
-BATCH_NORMS = ("global", "per_replica")
-DATA_FEEDS = ("auto", "resident", "stream")
-ON_NAN = ("stop", "rollback")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +34,10 @@ class Config:
     train_split: str = "train"
     eval_split: str = "test"
     # "resident": the data set lies decoded in the memory of every device; "stream": it is
-    # read from disk all the time, by `stream_workers` processes a host (0: by the run's
-    # own); "auto" streams what would take over a quarter of the memory. The batches are
-    # the same.
-    data_feed: str = "auto"
+    # read from disk all the time, by `stream_workers` processes a host for each of the two
+    # splits (0: by the run's own); "auto" streams what would take over a quarter of the
+    # memory. The batches are the same.
+    data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
     # Pixels of black added on every side before a random crop; 0 for no crop.
     crop_padding: int = 4
@@ -55,11 +49,12 @@ class Config:
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
     # Type of the compute; "auto" is bfloat16 on GPU and TPU and float32 on CPU.
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # The weights to start from: a run's folder, of which the best checkpoint counts, a
     # .safetensors, .pth or .pt file, or the id of a Hugging Face Hub repository. A classifier
-    # of another number of classes starts anew. None for random weights; "" asks for some.
-    # The run's own checkpoints hold everything, so it is read before the first step alone.
+    # of another number of classes starts anew. None for random weights; "" is refused, for
+    # a recipe that has to be given some. It is read before the first step only: from there on
+    # the run's own checkpoints hold everything.
     init_from: str | None = None
     # Modules and parameters that stay as they are, by their names in PyTorch, e.g.
     # ("conv1", "bn1", "layer1", "layer2.0"), in which *, ? and [] are as in file names. They
@@ -73,7 +68,7 @@ class Config:
     # Parts in which a batch goes through the model one after the other, to save memory.
     accumulation_steps: int = 1
     # BatchNorm's statistics: of the whole batch, or "per_replica", of each device's share.
-    batch_norm: str = "global"
+    batch_norm: Literal["global", "per_replica"] = "global"
     eval_batch_size: int = 512
     # Length of the run; num_steps, where it is set, is the length instead.
     num_epochs: int = 200
@@ -83,7 +78,7 @@ class Config:
     # `warmup_epochs`, then "constant"; "step", times `decay_factor` at each of the
     # fractions `decay_at` of the run; "cosine" to 0; or "onecycle", whose rise is the
     # warm-up.
-    schedule: str = "cosine"
+    schedule: Literal["constant", "step", "cosine", "onecycle"] = "cosine"
     learning_rate: float = 0.1
     warmup_epochs: float = 0.0
     decay_at: tuple[float, ...] = (0.5, 0.75)
@@ -98,15 +93,16 @@ class Config:
     label_smoothing: float = 0.0
 
     # Checkpoints are written after every epoch, and inside one when the last is so many
-    # minutes old. The newest few and the best are kept.
+    # minutes old. The newest `keep_checkpoints` and the best are kept.
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
     # When the loss or its gradient is not finite: "stop", or "rollback", which goes back to
     # the newest checkpoint and on with other batches.
-    on_nan: str = "stop"
+    on_nan: Literal["stop", "rollback"] = "stop"
 
 
 _DECIDED_BY_OTHER_KEYS = {
+    "block",
     "num_classes",
     "dtype",
     "bn_splits",
@@ -119,18 +115,14 @@ _DECIDED_BY_OTHER_KEYS = {
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
-    "data_feed": (lambda v: v in DATA_FEEDS, f"one of {', '.join(DATA_FEEDS)}"),
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),
-    "dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "accumulation_steps": (lambda v: v >= 1, "at least 1"),
-    "batch_norm": (lambda v: v in BATCH_NORMS, f"one of {', '.join(BATCH_NORMS)}"),
     "eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "num_epochs": (lambda v: v >= 1, "at least 1"),
     "num_steps": (lambda v: v is None or v >= 1, "at least 1"),
-    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "warmup_epochs": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "decay_at": (
@@ -143,7 +135,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "checkpoint_minutes": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "keep_checkpoints": (lambda v: v >= 1, "at least 1"),
-    "on_nan": (lambda v: v in ON_NAN, f"one of {', '.join(ON_NAN)}"),
 }
 
 
@@ -196,8 +187,7 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
             hint = f": did you mean {near[0]!r}?" if near else ""
             problems.append(f"unknown config key {_short(key)}{hint}")
         elif not _has_type(value, hints[key]):
-            expected = getattr(hints[key], "__name__", hints[key])
-            problems.append(f"{key} must be of type {expected}, not {_short(value)}")
+            problems.append(f"{key} must be {_expected(hints[key])}, not {_short(value)}")
         elif key in _RANGES and not _RANGES[key][0](value):
             problems.append(f"{key} must be {_RANGES[key][1]}, not {_short(value)}")
         else:
@@ -215,6 +205,8 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
 
 def _has_type(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
     if origin is types.UnionType:
         return any(_has_type(value, argument) for argument in arguments)
     if origin is tuple:
@@ -223,9 +215,15 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping | ConfigDict)
     if isinstance(value, bool):
         return hint is bool
-    if isinstance(value, int) and hint in (int, float):
+    if isinstance(value, int) and hint in (int, float):  # not all of Python's suit JAX
         return abs(value) <= 2**32
     return isinstance(value, hint)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return f"of type {getattr(hint, '__name__', hint)}"
 
 
 def _plain(value: Any) -> Any:

@@ -111,11 +111,11 @@ def on_first_host(function: Callable[[], None]) -> None:
             function()
         except (InputError, OSError) as raised:
             error = raised
-    if of_first_host(error is not None):
+    if from_first_host(error is not None):
         raise error or InputError("the first host cannot go on, and says why")
 
 
-def of_first_host(value: bool) -> bool:
+def from_first_host(value: bool) -> bool:
     """The first host's value, on every host."""
     if jax.process_count() == 1:
         return value

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import InputError, short_reason
-from flax_resnet.models import create_model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
@@ -43,7 +42,7 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
         )
     if os.path.isdir(source):
         best = choose_checkpoint(Path(source), "best")
-        return to_arrays(create_model(config.model), read_variables(best))
+        return to_arrays(read_variables(best))
     try:
         return read_state_dict(source)
     except (ValueError, ImportError) as error:

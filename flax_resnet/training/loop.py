@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from flax_resnet.data import Dataset
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
 from flax_resnet.models.registry import Model
@@ -27,7 +26,7 @@ from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import hosts, programs, tensorboard
 from flax_resnet.training import workdir as files
-from flax_resnet.training.checkpoint import Checkpoints, History, set_damaged_aside
+from flax_resnet.training.checkpoint import Checkpoints, History, Record, set_damaged_aside
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
@@ -42,7 +41,7 @@ _SECONDS_OF_A_SLOW_CALL = 1.0
 _IMAGES_SHOWN = 64
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainState:
     """Trains a model on all devices, or goes on with the run that `workdir` holds.
 
     Writes config.json, dataset.json, checkpoints/ (the newest few and the best),
@@ -74,7 +73,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
         # Its convolutions are compiled while the data is opened.
-        threading.Thread(target=native.lanes, daemon=True).start()
+        threading.Thread(target=native.load, daemon=True).start()
     data = hosts.first_host_first("data", partial(open_data, checked, mesh))
     run = _plan(checked, workdir, mesh, data, state_dict)
     try:
@@ -143,15 +142,16 @@ def _plan(
         variable_shapes(model, data.train.image_shape)
     except ValueError as error:
         raise InputError(f"{config.model} cannot be trained so: {short_reason(error)}") from error
+    initial = {}
+    if state_dict is not None:
+        initial = fit_initial(config, model, state_dict, data.train.image_shape)
     return _Run(
         config,
         workdir,
         mesh,
         data,
         model,
-        {}
-        if state_dict is None
-        else fit_initial(config, model, state_dict, data.train.image_shape),
+        initial,
         sgd(config, learning_rate),
         learning_rate,
         steps_per_epoch,
@@ -192,7 +192,7 @@ def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
     """What the newest checkpoint holds, or what every run begins with."""
     everywhere = programs.replicated(run.mesh)
     create = partial(create_state, run.model, run.optimizer, image_shape=run.data.train.image_shape)
-    init_key, _ = programs.random_keys(run.config.seed)
+    init_key, *_ = programs.random_keys(run.config.seed)
     if checkpoints.newest is not None:
         shapes = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
@@ -240,9 +240,10 @@ def _train_on(
             stack.enter_context(contextlib.closing(writer))
             if not history.records:
                 inputs = _first_inputs(run, history.rollbacks)
-                tensorboard.write_images(writer, "train/images", inputs)
-        images = [steps * run.config.batch_size for steps in (run.total_steps, done_steps)]
-        progress = stack.enter_context(Progress(run.num_epochs, *images))
+                tensorboard.write_images(writer, inputs)
+        size = run.config.batch_size
+        progress = Progress(run.num_epochs, run.total_steps * size, done_steps * size)
+        stack.enter_context(progress)
         signals = stack.enter_context(Signals())
         while len(history.records) < run.num_epochs:
             state, norms = _run_epoch(run, feed, checkpoints, state, history, progress, signals)
@@ -271,7 +272,7 @@ def _write_histograms(
 def _first_inputs(run: _Run, rollbacks: int) -> np.ndarray:
     """The first training images as the model sees them in its first epoch."""
     train, index = run.data.train, np.arange(min(_IMAGES_SHOWN, len(run.data.train)))
-    images = train.images[index] if isinstance(train, Dataset) else train.read(index)[0]
+    images, _ = train.read(index)
     augment = programs.make_augment(run.config, run.data.statistics, rollbacks)
     return np.asarray(jax.jit(augment)(images, index, 0))
 
@@ -319,18 +320,10 @@ def _run_epoch(
         metrics = jax.device_get(running.pop(0))
         if metrics["loss"].ndim == 0:
             metrics = {name: value[np.newaxis] for name, value in metrics.items()}
-        loss, accuracy, norm = (metrics[n] for n in ("loss", "accuracy", "gradient_norm"))
-        finite = np.isfinite(loss + norm)
-        if not finite.all():
-            at = int(finite.argmin())
-            what = f"gradient norm is {norm[at]}"
-            if not np.isfinite(loss[at]):
-                what = f"loss is {loss[at]}"
-            raise _not_finite(run, what, first + len(history.losses) + at)
-        history.losses.extend(loss.tolist())
-        history.accuracies.extend(accuracy.tolist())
-        history.gradient_norms.extend(norm.tolist())
+        _check_finite(run, metrics, first + len(history.losses))
+        history.add_steps(metrics)
         layer_norms.append(metrics["layer_gradient_norms"])
+        loss, accuracy = metrics["loss"], metrics["accuracy"]
         progress.step(epoch + 1, len(loss) * run.config.batch_size, loss, accuracy)
 
     def settle() -> None:
@@ -374,17 +367,11 @@ def _run_epoch(
         stop()
     if not math.isfinite(test["loss"]):
         raise _not_finite(run, f"test loss is {test['loss']}", last - 1)
-    of_steps = {
-        "train_loss": history.losses,
-        "train_accuracy": history.accuracies,
-        "gradient_norm": history.gradient_norms,
-    }
-    # The steps before a resume may have been those of a version that noted no gradient norms.
-    means = {name: math.fsum(values) / len(values) for name, values in of_steps.items() if values}
     history.end_epoch(
-        {"epoch": epoch + 1, "step": last}
-        | means
-        | {
+        {
+            "epoch": epoch + 1,
+            "step": last,
+            **history.means(),
             "test_loss": test["loss"],
             "test_accuracy": test["accuracy"],
             "learning_rate": run.learning_rate_of(last - 1),
@@ -393,6 +380,15 @@ def _run_epoch(
         }
     )
     return state, layer_norms
+
+
+def _check_finite(run: _Run, metrics: Metrics, first_step: int) -> None:
+    loss, norm = metrics["loss"], metrics["gradient_norm"]
+    finite = np.isfinite(loss + norm)
+    if not finite.all():
+        at = int(finite.argmin())
+        what = f"gradient norm is {norm[at]}" if np.isfinite(loss[at]) else f"loss is {loss[at]}"
+        raise _not_finite(run, what, first_step + at)
 
 
 def _save(run: _Run, checkpoints: Checkpoints, state: TrainState, history: History) -> None:
@@ -409,7 +405,7 @@ def _not_finite(run: _Run, what: str, step: int) -> FloatingPointError:
     )
 
 
-def _summary(record: files.Record, num_epochs: int, time_left: str) -> str:
+def _summary(record: Record, num_epochs: int, time_left: str) -> str:
     return (
         f"epoch {record['epoch']}/{num_epochs}  "
         f"train loss {record['train_loss']:.4f} accuracy {record['train_accuracy']:.2%}  "

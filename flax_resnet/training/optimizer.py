@@ -1,7 +1,7 @@
 """SGD and its learning rate, with the meaning that PyTorch gives them."""
 
-import jax
 import optax
+from flax.traverse_util import path_aware_map
 
 from flax_resnet.errors import InputError
 from flax_resnet.models.freezing import is_frozen
@@ -44,8 +44,6 @@ def learning_rate_schedule(
                 step = round(at * total_steps) - warmup
                 drops[step] = drops.get(step, 1.0) * config.decay_factor
             schedule = optax.piecewise_constant_schedule(peak, drops)
-        case _:
-            raise InputError(f"unknown schedule {config.schedule!r}")
     if not warmup:
         return schedule
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
@@ -59,14 +57,13 @@ def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransfor
     """
 
     def kernels(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+        return path_aware_map(lambda path, _: path[-1] == "kernel", params)
 
     def labels(params):
         def label(path, _):
-            names = ("params", *(key.key for key in path))
-            return "frozen" if is_frozen(names, config.freeze) else "trained"
+            return "frozen" if is_frozen(("params", *path), config.freeze) else "trained"
 
-        return jax.tree_util.tree_map_with_path(label, params)
+        return path_aware_map(label, params)
 
     optimizer = optax.chain(
         optax.add_decayed_weights(

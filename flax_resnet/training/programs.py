@@ -83,10 +83,18 @@ def build_model(config: Config, num_classes: int, mesh: Mesh) -> Model:
     return create_model(config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
 
 
-def random_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Independent keys of the initial weights and of the augmentation."""
+def random_keys(seed: int, rollbacks: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Independent keys of a run's initial weights, its augmentation and its dropout.
+
+    Args:
+      seed: of the run.
+      rollbacks: how often it has gone back; each changes the last two.
+    """
     init, augmentation = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
-    return init, augmentation
+    dropout = jax.random.fold_in(init, 1)
+    if rollbacks:
+        augmentation, dropout = (jax.random.fold_in(k, rollbacks) for k in (augmentation, dropout))
+    return init, augmentation, dropout
 
 
 def make_augment(
@@ -97,11 +105,9 @@ def make_augment(
     Args:
       config: see `Config`.
       statistics: mean and std of each channel; what cutout hides gets the mean.
-      rollbacks: how often the run has gone back; each gives other augmentation.
+      rollbacks: see `random_keys`.
     """
-    _, key = random_keys(config.seed)
-    if rollbacks:
-        key = jax.random.fold_in(key, rollbacks)
+    _, key, _ = random_keys(config.seed, rollbacks)
 
     def in_epoch(images, index, epoch):
         return augment(
@@ -136,13 +142,10 @@ def make_train_step(
       model, optimizer: see `train_step`.
       statistics: mean and std of each channel, for `normalize`.
       steps_per_epoch: steps after which augmentation begins anew.
-      rollbacks: how often the run has gone back; each gives other augmentation and dropout.
+      rollbacks: see `random_keys`.
     """
     augment_in_epoch = make_augment(config, statistics, rollbacks)
-    init_key, _ = random_keys(config.seed)
-    dropout_key = jax.random.fold_in(init_key, 1)
-    if rollbacks:
-        dropout_key = jax.random.fold_in(dropout_key, rollbacks)
+    *_, dropout_key = random_keys(config.seed, rollbacks)
 
     def step(state, batch):
         images = augment_in_epoch(batch["image"], batch["index"], state.step // steps_per_epoch)
@@ -163,9 +166,8 @@ def make_eval_step(model: nn.Module, *, statistics: Statistics) -> EvalStep:
     """(state, batch) -> sums over a batch of "image", uint8, "label" and "mask"."""
 
     def step(state, batch):
-        return eval_step(
-            state, batch | {"image": normalize(batch["image"], *statistics)}, model=model
-        )
+        batch = batch | {"image": normalize(batch["image"], *statistics)}
+        return eval_step(state.variables, batch, model=model)
 
     return step
 

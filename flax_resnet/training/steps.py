@@ -1,6 +1,6 @@
 """The state of a run and the pure functions that train and evaluate it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -34,6 +34,18 @@ class TrainState(flax.struct.PyTreeNode):
     batch_stats: Any
     opt_state: optax.OptState
 
+    @classmethod
+    def create(
+        cls, variables: Mapping[str, Any], optimizer: optax.GradientTransformation
+    ) -> "TrainState":
+        """The state before the first step, with these variables of a model."""
+        return cls(
+            step=jnp.int32(0),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=optimizer.init(variables["params"]),
+        )
+
     @property
     def variables(self) -> dict[str, Any]:
         """What `model.apply` takes."""
@@ -46,7 +58,7 @@ def create_state(
     key: Key[Array, ""],
     image_shape: tuple[int, ...],
 ) -> TrainState:
-    """The state before the first step.
+    """The state before the first step, with random weights.
 
     Args:
       model: a ResNet, ResNet9 or VGG.
@@ -55,12 +67,7 @@ def create_state(
       image_shape: (H, W, C).
     """
     variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
-    return TrainState(
-        step=jnp.int32(0),
-        params=variables["params"],
-        batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(variables["params"]),
-    )
+    return TrainState.create(variables, optimizer)
 
 
 def train_step(
@@ -90,9 +97,10 @@ def train_step(
         step draws depends on it, the number of the step and the part of the batch.
 
     Returns:
-      The state after the step, and the batch's mean "loss" and "accuracy", float32 []; of the
-      gradient by what is not frozen the Euclidean "gradient_norm", float32 []; and the norms
-      for each kernel alone, "layer_gradient_norms", float32 [L]: see `split_layers`.
+      The state after the step, and metrics: the batch's mean "loss" and "accuracy", float32
+      []; "gradient_norm", float32 [], the Euclidean norm of the gradient of all parameters that
+      are not frozen; and "layer_gradient_norms", float32 [L], that of each kernel among them,
+      sorted by their paths.
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
@@ -209,11 +217,11 @@ def _in_parts(part, carry, batch, count):
     return carry, jax.tree.map(lambda x: x / count, total)
 
 
-def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:
+def eval_step(variables: Mapping[str, Any], batch: Batch, *, model: nn.Module) -> Metrics:
     """Sums over the examples of a batch that count.
 
     Args:
-      state: its parameters and running statistics are used.
+      variables: what `model.apply` takes, such as those of a `TrainState`.
       batch: "image" and "label" as in `train_step`; "mask", bool [N], False for
         examples that only fill the batch.
       model: a ResNet, ResNet9 or VGG.
@@ -222,7 +230,7 @@ def eval_step(state: TrainState, batch: Batch, *, model: nn.Module) -> Metrics:
       "loss", float32 [], and "correct" and "count", int32 [].
     """
     chex.assert_rank([batch["image"], batch["label"], batch["mask"]], [4, 1, 1])
-    logits = jnp.asarray(model.apply(state.variables, batch["image"], train=False))
+    logits = jnp.asarray(model.apply(variables, batch["image"], train=False))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     correct = logits.argmax(-1) == batch["label"]
     mask = batch["mask"]

@@ -68,8 +68,8 @@ def write_histograms(writer: RecordWriter, step: int, scales: Any, gradient_norm
     _write(writer, _event(step, summary={"value": histograms}))
 
 
-def write_images(writer: RecordWriter, tag: str, images: np.ndarray) -> None:
-    """Shows images, uint8 [N, H, W, C], as one that has them side by side, if C is 1 or 3."""
+def write_images(writer: RecordWriter, images: np.ndarray) -> None:
+    """Shows train/images, uint8 [N, H, W, C], side by side in one, if C is 1 or 3."""
     if images.shape[-1] not in (1, 3):
         return
     count, height, width, channels = images.shape
@@ -90,7 +90,7 @@ def write_images(writer: RecordWriter, tag: str, images: np.ndarray) -> None:
         "colorspace": channels,
         "encoded_image_string": png.getvalue(),
     }
-    _write(writer, _event(0, summary={"value": [{"tag": tag, "image": picture}]}))
+    _write(writer, _event(0, summary={"value": [{"tag": "train/images", "image": picture}]}))
 
 
 def _layer(path: tuple[str, ...]) -> str:

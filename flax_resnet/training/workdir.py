@@ -87,8 +87,7 @@ def write_description(
         }
     )
     path = workdir / "dataset.json"
-    # What an earlier version did not write yet is added.
-    if path.exists() and dataset | read_json(path) != dataset:
+    if path.exists() and read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
     _write_json(path, dataset)
     _write_json(workdir / "config.json", dataclasses.asdict(config))

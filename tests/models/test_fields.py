@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import flax_resnet as fr
-from flax_resnet.models.resnet import GroupNorm
+from flax_resnet.models.layers import GroupNorm
 
 SMALL: dict[str, Any] = {
     "layers": (2, 3),

@@ -15,7 +15,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
-from flax_resnet.models.resnet import BatchNorm
+from flax_resnet.models.layers import BatchNorm
 
 # torchvision's documentation: num_params of its published weights.
 TORCHVISION = {

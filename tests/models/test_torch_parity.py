@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import flax_resnet as fr
+from flax_resnet.models.layers import GroupNorm
 from flax_resnet.models.pooling import max_pool2d
-from flax_resnet.models.resnet import GroupNorm
 
 torch = pytest.importorskip("torch")
 from tests.models import torch_resnet  # noqa: E402

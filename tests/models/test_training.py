@@ -113,7 +113,7 @@ def test_every_net_trains_is_evaluated_and_goes_on_as_it_would_have(name, batch,
     two, metrics = step(step(start, batch)[0], batch)
     four, _ = step(step(two, batch)[0], batch)
     assert np.isfinite(metrics["loss"])
-    sums = eval_step(four, batch | {"mask": jnp.ones(16, bool)}, model=model)
+    sums = eval_step(four.variables, batch | {"mask": jnp.ones(16, bool)}, model=model)
     assert sums["count"] == 16
 
     with contextlib.closing(checkpoint.Checkpoints(tmp_path, Config())) as checkpoints:

@@ -144,7 +144,7 @@ def test_eval_step_counts_what_the_mask_says(rng):
     labels = jnp.arange(6)
     mask = jnp.array([True, False, True, True, False, False])
     batch = {"image": images.at[1].set(jnp.nan), "label": labels, "mask": mask}
-    sums = eval_step(state, batch, model=MODEL)
+    sums = eval_step(state.variables, batch, model=MODEL)
     logits = np.asarray(MODEL.apply(state.variables, images, train=False), np.float64)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), labels]
     np.testing.assert_allclose(sums["loss"], losses[mask].sum(), rtol=1e-5)

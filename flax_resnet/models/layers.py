@@ -1,0 +1,223 @@
+"""The layers that residual blocks and their kin are made of, with PyTorch's defaults.
+
+One number differs from PyTorch. Both normalise a training batch by its biased
+variance, but PyTorch moves its running variance towards the unbiased one, which
+is n / (n - 1) times larger for n = N * H * W values a channel; Flax moves it
+towards the biased one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flax_resnet.models.convolution import convolution, grouped_convolution
+
+Dtype = Any
+Initializer = Callable[..., jax.Array]
+Norm = Callable[..., nn.Module]
+
+# torch.nn.init.kaiming_normal_(mode="fan_out", nonlinearity="relu")
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def uniform(limit: float) -> Initializer:
+    """Initialiser on [-limit, limit): torch.nn.Linear's, with limit = fan_in ** -0.5."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+class Conv(nn.Module):
+    """Convolution of odd size, padded by half of it on every side.
+
+    Attributes:
+      planes: channels of the output.
+      kernel_size: height and width of the kernel.
+      stride: in both directions.
+      groups: equal parts of the input's channels; the i-th part of the output's is made of
+        the i-th alone, as in torch.nn.Conv2d.
+      bias_init: initial value of the bias; None for no bias.
+      dtype: type of the compute.
+    """
+
+    planes: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    bias_init: Initializer | None = None
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow {self.planes}"]:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.planes)
+        kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        padding = self.kernel_size // 2
+        if self.groups == 1:
+            x = convolution(x, kernel, stride=self.stride, padding=padding)
+        else:
+            x = grouped_convolution(
+                x, kernel, groups=self.groups, stride=self.stride, padding=padding
+            )
+        if self.bias_init is not None:
+            bias = self.param("bias", self.bias_init, (self.planes,), jnp.float32)
+            x += bias.astype(self.dtype)[None, None, None]
+        return x
+
+
+def conv3x3(planes: int, stride: int = 1, **kwargs) -> Conv:
+    """3x3 convolution with padding 1."""
+    return Conv(planes, 3, stride, **kwargs)
+
+
+def conv1x1(planes: int, stride: int = 1, **kwargs) -> Conv:
+    """1x1 convolution."""
+    return Conv(planes, 1, stride, **kwargs)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm over N, H and W (Ioffe and Szegedy, arXiv:1502.03167).
+
+    Statistics are float32, and the biased variance is the mean of the squares less the
+    square of the mean, so that both come from one pass over x.
+
+    Attributes:
+      train: normalise by the batch's statistics and move the running ones towards them,
+        not by the running ones.
+      momentum: share of the running statistics that a step keeps: 1 minus PyTorch's momentum.
+      epsilon: added to the variance.
+      splits: equal parts of the batch, each normalised by its own statistics; the running
+        ones move towards their mean. With one part a device these alone cross devices.
+      frozen: whether the BatchNorm of that path keeps its running statistics, and
+        normalises by them in training too: what `eval()` is to a module of PyTorch's.
+      zero_init: start the scale at zero instead of one.
+      dtype: type of the output.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    splits: int = 1
+    frozen: Callable[[tuple[str, ...]], bool] | None = None
+    zero_init: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        channels = (x.shape[-1],)
+        scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        scale = self.param("scale", scale_init, channels, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+
+        shape = x.shape
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        if self.train and not (self.frozen and self.frozen(self.path)):
+            if self.splits != 1 and (self.splits < 1 or len(x) % self.splits):
+                raise ValueError(f"bn_splits={self.splits} does not divide a batch of {len(x)}")
+            x = x.reshape(self.splits, -1, *shape[1:])
+            mean = x.mean((1, 2, 3))
+            var = jnp.maximum(0, jnp.square(x).mean((1, 2, 3)) - jnp.square(mean))
+            if not self.is_initializing():
+                new = 1 - self.momentum
+                for running, of_batch in ((running_mean, mean), (running_var, var)):
+                    moved = self.momentum * running.value + new * of_batch.mean(0)
+                    running.value = moved.astype(running.value.dtype)
+        else:
+            x, mean, var = x[None], running_mean.value[None], running_var.value[None]
+
+        # One factor and one summand a channel: the gradient then needs no more of x than
+        # x itself, where x - mean would be another array of its size to keep.
+        factor = scale[None] * jax.lax.rsqrt(var + self.epsilon)
+        summand = bias[None] - mean * factor
+        x = x * factor[:, None, None, None] + summand[:, None, None, None]
+        return x.reshape(shape).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu and He, arXiv:1803.08494), as torch.nn.GroupNorm.
+
+    Its statistics are those of one image, so it is the same in training and evaluation.
+    32 groups, as in the paper, or the most below 32 that divide the channels.
+
+    Attributes:
+      train: of no effect; it stands where `BatchNorm` has it.
+      epsilon, zero_init, dtype: as in `BatchNorm`.
+    """
+
+    train: bool = False
+    epsilon: float = 1e-5
+    zero_init: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        channels = x.shape[-1]
+        scale_init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        scale = self.param("scale", scale_init, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+
+        shape = x.shape
+        groups = max(n for n in range(1, 33) if channels % n == 0)
+        x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        x = x.reshape(*shape[:3], groups, channels // groups)
+        mean = x.mean((1, 2, 4), keepdims=True)
+        var = jnp.maximum(0, jnp.square(x).mean((1, 2, 4), keepdims=True) - jnp.square(mean))
+        # As in BatchNorm, but one factor an image and a channel.
+        factor = scale.reshape(1, 1, 1, groups, -1) * jax.lax.rsqrt(var + self.epsilon)
+        summand = bias.reshape(1, 1, 1, groups, -1) - mean * factor
+        return (x * factor + summand).reshape(shape).astype(self.dtype)
+
+
+@jax.custom_jvp
+def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+    out = relu(*primals)
+    return out, jnp.where(out > 0, tangents[0], 0)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a factor that the means of all channels decide.
+
+    Hu et al., arXiv:1709.01507, as timm's SEModule: a sixteenth of the channels in
+    between, rounded to a multiple of 8. Maps [N, H, W, C] to the same shape.
+
+    Attributes:
+      dtype: type of the compute.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        planes = x.shape[-1]
+        reduced = max(8, int(planes / 16 + 4) // 8 * 8)
+        means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
+        # torch.nn.Conv2d's initial bias.
+        biases = [uniform(fan_in**-0.5) for fan_in in (planes, reduced)]
+        out = conv1x1(reduced, bias_init=biases[0], dtype=self.dtype, name="fc1")(means)
+        out = relu(out)
+        out = conv1x1(planes, bias_init=biases[1], dtype=self.dtype, name="fc2")(out)
+        return x * nn.sigmoid(out)
+
+
+def check_common(model: Any, x: jax.Array) -> None:
+    """Raises ValueError for what suits neither ResNet nor ResNet9 nor VGG."""
+    if x.ndim != 4:
+        raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
+    if model.num_classes < 0:
+        raise ValueError(f"num_classes is 0 for no classifier, or more: not {model.num_classes}")
+    if isinstance(model.frozen, str):  # of which each letter would be a name
+        raise ValueError(f"frozen is a sequence of names, not {model.frozen!r}")
