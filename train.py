@@ -2,10 +2,10 @@
 
     python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
 
-Every key of the config can be set, e.g. --config.batch_size=256; what they are and mean
-stands in flax_resnet/training/config.py. Ctrl-C stops a run after the step at hand, and the
-same command with its --workdir goes on. Exits with 2 and one line on standard error where
-the input cannot be used.
+Every key of the config can be set, e.g. --config.batch_size=256;
+flax_resnet/training/config.py lists them with their meaning. Ctrl-C stops a run after the
+step at hand, and the same command with its --workdir goes on. Exits with 2 and one line on
+standard error where the input cannot be used.
 
 On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
@@ -13,6 +13,7 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 
 import argparse
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -21,7 +22,8 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -55,7 +57,9 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         fail(f"what is {arguments[1]!r}? Options begin with --")
     # TFDS and Orbax tell all they do, and of an error before they raise it.
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("flax_resnet", "jax"):  # as that there is a GPU, and no JAX for it
+        logging.getLogger(name).setLevel(logging.WARNING)
     reuse_memory()
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

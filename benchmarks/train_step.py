@@ -146,6 +146,8 @@ def prepare_matmul(size: int) -> Callable[[int], None]:
 
 def work(connection: Connection, prepare: Callable, arguments: tuple) -> None:
     """A process that runs as many steps as it is told to and answers with the seconds."""
+    # Else the first process would take most of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     run = prepare(*arguments)
     run(3)
     while steps := connection.recv():

@@ -1,4 +1,4 @@
-"""A small ResNet-9 on CIFAR-10, for the shortest training to 90% on a CPU.
+"""A small ResNet-9 on CIFAR-10, for a short training to 90% on a CPU.
 
     python train.py --config configs/cifar_speedrun.py
 

@@ -2,7 +2,7 @@
 
     python train.py --config configs/finetune.py --config.init_from=runs/digits90
 
-As it stands it needs no network: ResNet-8 on 143 handwritten digits, a tenth of them, from
+As it stands it needs no network: ResNet-8 on 144 handwritten digits, a tenth of them, from
 the folder of a run that saw the others:
 
     python train.py --config configs/digits_resnet8.py --workdir runs/digits90 \
@@ -27,7 +27,7 @@ from flax_resnet.training import default_config
 
 def get_config():
     config = default_config()
-    # To be given on the command line, with the model that the weights are of.
+    # To be given on the command line, with the model and model_fields of the weights.
     config.init_from = ""
     config.model = "cifar_resnet8"
     # The first layers see edges wherever they are; their BatchNorm keeps its statistics.

@@ -1,13 +1,14 @@
-"""What the programs that look at a run have in common: options, manners, ends."""
+"""What the programs that look at a run have in common: command line, quiet mode, exit codes."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import logging
+from absl import logging as absl_logging
 
 from flax_resnet.errors import InputError, one_line
 from flax_resnet.progress import quietly
@@ -39,7 +40,9 @@ def run_program(
 ) -> NoReturn:
     """Parses the command line, and exits with what `main` returns, or 2 after an InputError."""
     options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # TFDS and Orbax tell all they do
+    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS and Orbax tell all they do
+    for name in ("flax_resnet", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # By default JAX takes most of a GPU's memory, and a run may be at work on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_compiled_programs()

@@ -5,8 +5,8 @@
 A folder stands for all pictures in it and below, by their names' endings; `-` for one on
 standard input. Any size, mode and format that Pillow reads will do: the picture is turned
 upright as its EXIF data say, laid on white where it is transparent, reduced to 8 bits, and
-of several frames the first is taken. Its middle, of the shape of the training images, is
-then resized to their size, antialiased (bicubic).
+of several frames the first is taken. The largest part around its middle with the training
+images' aspect ratio is then resized to their size, antialiased (bicubic).
 
 A picture that cannot be read is named on standard error and left out, and the exit code is
 1 after the others. Other input that cannot be used ends with one line there and exit code 2.

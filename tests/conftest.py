@@ -1,12 +1,16 @@
 """Eight CPU devices for every test, a folder of digits that TFDS prepared, a run on them."""
 
 import io
+import json
 import os
 import shutil
+import subprocess
 import sys
+import textwrap
 
-# Before TFDS is imported: the user's own data sets are not the tests' business.
+# Before TFDS and JAX are imported: the user's data sets and GPU are not the tests' business.
 os.environ.pop("TFDS_DATA_DIR", None)
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pathlib import Path
 
@@ -23,24 +27,24 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One place for what is compiled or cached by the tests and by programs that they start."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are beside each other
+        folder = folder.parent
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
 def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
     return tmp_path / "user_cache"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One cache of compiled programs for all tests, and for the programs that they start."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are beside each other
-        folder = folder.parent
-    folder = str(folder / "xla")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +114,62 @@ def evaluation(run):
 def run_copy(finished, tmp_path: Path) -> Path:
     """A copy of that run's folder, for a test to change."""
     return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def command_line(digits_dir: Path):
+    """command_line(arguments) -> (exit code, stdout, stderr) of train.py.
+
+    It runs in a child of one process that has imported everything.
+    """
+    script = textwrap.dedent("""
+        import json, os, runpy, sys, tempfile, warnings
+
+        import flax_resnet.report
+        from ml_collections import config_flags
+
+        warnings.simplefilter("ignore")  # of JAX, for forks: the child has no thread to wait for
+        for line in sys.stdin:
+            with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as said:
+                child = os.fork()
+                if not child:
+                    os.dup2(printed.fileno(), 1)
+                    os.dup2(said.fileno(), 2)
+                    sys.argv = ["train.py", *json.loads(line)]
+                    code = 0
+                    try:
+                        runpy.run_path("train.py", run_name="__main__")
+                    except SystemExit as end:
+                        code = end.code
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code)  # at once: to take down all that was imported takes longer
+                _, status = os.waitpid(child, 0)
+                printed.seek(0)
+                said.seek(0)
+                code = os.waitstatus_to_exitcode(status)
+                print(json.dumps([code, printed.read(), said.read()]), flush=True)
+    """)
+    # Without settings of glibc's it would start itself again.
+    environment = os.environ | {"GLIBC_TUNABLES": "", "TFDS_DATA_DIR": str(digits_dir)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin
+        assert stdout
+
+        def run(*arguments: str) -> tuple[int, str, str]:
+            print(json.dumps(arguments), file=stdin, flush=True)
+            return json.loads(stdout.readline())
+
+        yield run
+        stdin.close()
 
 
 @pytest.fixture

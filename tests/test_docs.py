@@ -12,7 +12,6 @@ import flax_resnet as fr
 
 def test_examples_of_research_run(tmp_path, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    pytest.importorskip("flatbuffers")
     monkeypatch.chdir(tmp_path)
     # The Hub's repository, as it lies in the Hub's cache after the first time.
     model = fr.resnet18()
@@ -26,11 +25,9 @@ def test_examples_of_research_run(tmp_path, monkeypatch):
 
     page = (Path(__file__).parents[1] / "docs" / "research.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 13
+    assert len(examples) == 12
     names = {}
     for example in examples:
         exec(example, names)
     assert names["value"] < np.log(10)  # what guessing costs
     jax.tree.map(np.testing.assert_array_equal, names["restored"]["variables"], names["variables"])
-    expected = names["model"].apply(names["variables"], names["images"], train=False)
-    np.testing.assert_allclose(names["logits"], expected, rtol=1e-4, atol=1e-4)

@@ -60,6 +60,15 @@ def test_split_from_disk_gives_the_same(run, evaluation, monkeypatch):
     np.testing.assert_array_equal(streamed.labels, evaluation.labels)
 
 
+def test_flips_give_the_mean_of_both_sides(run, evaluation):
+    data = open_test_set(run)
+    assert isinstance(data, fr.Dataset)
+    mirrored = evaluate(run, dataclasses.replace(data, images=data.images[:, :, ::-1]))
+    both = evaluate(run, data, flip=True)
+    mean = (evaluation.logits + mirrored.logits) / 2
+    np.testing.assert_allclose(both.logits, mean, rtol=1e-4, atol=1e-4)
+
+
 def test_program(finished, evaluation, call):
     code, out, err = call(module, "--workdir", finished[0], "--checkpoint", "newest", "--json")
     assert (code, err) == (0, "evaluating 101 images ...\n")
@@ -72,6 +81,13 @@ def test_program(finished, evaluation, call):
     assert "on 101 images of digits test[:101], with horizontal flips" in out
     assert len(out.splitlines()) == 7 + 10
     assert "\x1b" not in out
+
+    code, out, err = call(module, "--workdir", finished[0], "--tta", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    best = fr.load_run(finished[0])
+    one, both = (evaluate(best, open_test_set(best), flip=flip).loss for flip in (False, True))
+    assert json.loads(out)["loss"] == pytest.approx(both)
+    assert one != pytest.approx(both)
 
 
 def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, call):

@@ -110,6 +110,12 @@ def test_middle_is_taken_and_resized_antialiased(rgb):
     assert read(Image.new("RGB", (1, 7), "red")).shape == SHAPE
 
 
+def test_height_and_width_are_not_mixed_up(rng):
+    wide = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    png = stored(Image.fromarray(wide))
+    np.testing.assert_array_equal(predict.read_image(png, (20, 30, 3)), wide)
+
+
 def test_what_is_no_picture(rgb, monkeypatch):
     whole = stored(Image.fromarray(rgb)).getvalue()
     for content, message in (

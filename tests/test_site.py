@@ -118,7 +118,7 @@ def run(command, folder, data_dir, *, overrides=""):
 @pytest.fixture(scope="module")
 def tutorial(folder, digits_dir):
     """The folder after the commands of the tutorial, and what its Python printed."""
-    short = "--config.num_epochs=3 --config.warmup_epochs=1"
+    short = "--config.num_epochs=2 --config.warmup_epochs=1 --config.train_split=train[:256]"
     install, first, other, look, tensorboard, second, predict = blocks("tutorial.md", "sh")
     assert "pip install" in install
     assert tensorboard == "tensorboard --logdir runs\n"

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
 
 import train
+from flax_resnet.training.compilation import keep_compiled_programs
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("--config", "configs/digits_resnet8.py")
@@ -50,12 +52,16 @@ def run_train(*arguments, data_dir, **environment):
         ((*DIGITS, "--workdir=/dev/null/run"), "cannot write workdir /dev/null/run"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message, digits_dir):
-    result = run_train(*arguments, data_dir=digits_dir)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, command_line):
+    code, printed, said = command_line(*arguments)
+    assert (code, printed, said.count("\n")) == (2, "", 1), said
+    assert message in said
+
+
+def test_so_it_is_of_a_program_of_its_own(digits_dir):
+    for argument in ("--config.batch_size=0", "--config.dataset=digts"):
+        result = run_train(*DIGITS, argument, data_dir=digits_dir)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(
@@ -81,11 +87,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, digits_dir):
         ),
     ],
 )
-def test_bad_recipe(tmp_path, content, message, digits_dir):
+def test_bad_recipe(tmp_path, content, message, command_line):
     (tmp_path / "recipe.py").write_text(content)
-    result = run_train("--config", str(tmp_path / "recipe.py"), data_dir=digits_dir)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert message in result.stderr
+    code, printed, said = command_line("--config", str(tmp_path / "recipe.py"))
+    assert (code, printed, said.count("\n")) == (2, "", 1), said
+    assert message in said
 
 
 def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
@@ -118,10 +124,18 @@ def test_no_data_and_no_network(tmp_path):
     assert "no data and no network" in result.stderr
 
 
-def test_a_run_and_its_refusals(digits_dir, tmp_path):
-    workdir = tmp_path / "run"
-    short = ("--config.num_steps=2", "--config.warmup_epochs=0.05", f"--workdir={workdir}")
-    result = run_train(*DIGITS, *short, data_dir=digits_dir)
+def test_a_run_and_its_refusals(digits_dir, tmp_path, user_cache, command_line):
+    workdir, cache = tmp_path / "run", user_cache / "flax_resnet" / "xla"
+    short = (*DIGITS, "--config.num_steps=2", "--config.warmup_epochs=0.05")
+    run = partial(
+        run_train,
+        *short,
+        data_dir=digits_dir,
+        JAX_COMPILATION_CACHE_DIR="",
+        # All of them, or it would depend on how busy the machine is which are kept.
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+    result = run(f"--workdir={workdir}")
     assert result.returncode == 0
     lines = result.stderr.splitlines()
     assert "cifar_resnet8 on 1 x cpu" in lines[0]
@@ -135,10 +149,16 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path):
     metrics = (workdir / "metrics.jsonl").read_text()
     assert json.loads(metrics)["step"] == 2
 
-    result = run_train(*DIGITS, *short, "--config.seed=5", data_dir=digits_dir)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert "holds a run of another config: seed (0 there)" in result.stderr
+    code, _, said = command_line(*short, f"--workdir={workdir}", "--config.seed=5")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "holds a run of another config: seed (0 there)" in said
     assert (workdir / "metrics.jsonl").read_text() == metrics
+
+    compiled = sorted(cache.glob("*-cache"))
+    assert compiled
+    result = run(f"--workdir={tmp_path}/again", "--quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert sorted(cache.glob("*-cache")) == compiled
 
 
 def test_several_processes_need_a_workdir(digits_dir):
@@ -185,25 +205,10 @@ assert libc.aligned_alloc(64, 1 << 30) == piece
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, check=True)
 
 
-def test_compiled_programs_are_kept(digits_dir, tmp_path):
-    short = (*DIGITS, "--config.num_steps=1", "--config.warmup_epochs=0.01")
-    own, other = tmp_path / "cache", tmp_path / "other"
-    run = partial(
-        run_train,
-        data_dir=digits_dir,
-        XDG_CACHE_HOME=str(own),
-        JAX_COMPILATION_CACHE_DIR="",
-        # All of them, or it would depend on how busy the machine is which are kept.
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
-    assert run(*short, f"--workdir={tmp_path}/1").returncode == 0
-    kept = sorted((own / "flax_resnet" / "xla").glob("*-cache"))
-    assert kept
-    assert run(*short, f"--workdir={tmp_path}/2").returncode == 0
-    assert sorted((own / "flax_resnet" / "xla").glob("*-cache")) == kept
-    result = run(*short, f"--workdir={tmp_path}/3", JAX_COMPILATION_CACHE_DIR=str(other))
-    assert result.returncode == 0
-    assert list(other.iterdir())
+def test_a_cache_that_is_set_stays(monkeypatch):
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] == folder
 
 
 def test_help_names_the_options():

@@ -25,7 +25,7 @@ def augment(
     that it stands in or on the number of devices.
 
     Args:
-      images: [N, H, W, C], any dtype; uint8 is cheapest to move.
+      images: [N, H, W, C], values from 0 to 255 in any dtype; uint8 is cheapest to move.
       index: int32 [N], the place of each image in the data set.
       key: of the seed and the epoch.
       crop_padding: black pixels added on every side before a crop of H x W, at a place
@@ -49,17 +49,46 @@ def augment(
     row, column, side = draws[:3]
     if crop_padding:
         places = 2 * crop_padding + 1
-        pad = (crop_padding, crop_padding)
-        padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
-        crop = partial(jax.lax.dynamic_slice, slice_sizes=images.shape[1:])
-        start = (jnp.int32(row % places), jnp.int32(column % places), jnp.zeros_like(index))
-        images = jax.vmap(lambda image, *at: crop(image, at))(padded, *start)
+        start = (jnp.int32(row % places), jnp.int32(column % places))
+        # Slices are a loop on a TPU, image after image.
+        by_choice, by_slices = (
+            partial(crop, padding=crop_padding) for crop in (_crop_by_choice, _crop_by_slices)
+        )
+        images = jnp.asarray(
+            jax.lax.platform_dependent(images, *start, tpu=by_choice, default=by_slices)
+        )
     if flip:
         images = jnp.where((side % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
     if cutout:
         hide = partial(_hide_square, side=cutout, colour=jnp.round(255 * jnp.float32(fill)))
         height, width = images.shape[1:3]
         images = jax.vmap(hide)(images, jnp.int32(draws[3] % height), jnp.int32(draws[4] % width))
+    return images
+
+
+# Images [N, H, W, C] from (row, column) on, [N] each, after padding with zeros on every side.
+
+
+def _crop_by_slices(
+    images: jax.Array, row: jax.Array, column: jax.Array, *, padding: int
+) -> jax.Array:
+    pad = (padding, padding)
+    padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
+    crop = partial(jax.lax.dynamic_slice, slice_sizes=images.shape[1:])
+    return jax.vmap(lambda image, *at: crop(image, at))(padded, row, column, jnp.zeros_like(row))
+
+
+def _crop_by_choice(
+    images: jax.Array, row: jax.Array, column: jax.Array, *, padding: int
+) -> jax.Array:
+    for axis, start in ((1, row), (2, column)):
+        size = images.shape[axis]
+        pads = [(padding, padding) if i == axis else (0, 0) for i in range(4)]
+        padded = jnp.pad(images, pads)
+        images = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
+        for place in range(1, 2 * padding + 1):
+            candidate = jax.lax.slice_in_dim(padded, place, place + size, axis=axis)
+            images = jnp.where((start == place).reshape(-1, 1, 1, 1), candidate, images)
     return images
 
 

@@ -1,6 +1,7 @@
 """The examples of every training step and every evaluation, in memory or from disk.
 
-What a batch holds depends on (seed, step) alone, however it is read and by how many hosts.
+What a batch holds depends on (seed, step, rollbacks) alone, however it is read and by how many
+hosts.
 """
 
 import contextlib
@@ -88,7 +89,7 @@ class EvalBatches:
       source: the split.
       batch_size: examples a batch.
       share: those of a batch that this host reads.
-      times: that the split is read.
+      times: how often the split is read.
     """
 
     source: Source
@@ -115,7 +116,8 @@ class EvalBatches:
 def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays]:
     """Every batch in turn, read ahead by that many processes of Grain; by this one if 0.
 
-    Close it, or read it to its end, for the processes to end.
+    Close it, or read it to its end, for the processes to end. They import the script that calls
+    it, which therefore does so under `if __name__ == "__main__":`.
     """
     try:
         yield from _read(batches, workers)

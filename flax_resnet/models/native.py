@@ -73,13 +73,13 @@ def _library() -> ctypes.CDLL:
         return _cached(compiler, platformdirs.user_cache_path("flax_resnet") / "native" / name)
     except (OSError, RuntimeError):  # no home, no room in it, or nothing there may be run
         with tempfile.TemporaryDirectory() as scratch:
-            return ctypes.CDLL(_build(compiler, Path(scratch) / name))
+            return ctypes.CDLL(str(_build(compiler, Path(scratch) / name)))
 
 
 def _cached(compiler: list[str], path: Path) -> ctypes.CDLL:
     if path.exists():
         try:
-            return ctypes.CDLL(path)
+            return ctypes.CDLL(str(path))
         except OSError:  # damaged, or of another machine that shares the home
             path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _cached(compiler: list[str], path: Path) -> ctypes.CDLL:
         with built.open("rb+") as file:
             os.fsync(file.fileno())
         built.replace(path)
-    return ctypes.CDLL(path)
+    return ctypes.CDLL(str(path))
 
 
 def _build(compiler: list[str], path: Path) -> Path:

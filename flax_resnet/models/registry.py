@@ -41,7 +41,7 @@ def create_model(
       weights: path of a `.safetensors`, `.pth` or `.pt` file, or id of a Hugging Face Hub
         repository, such as "timm/resnet18.a1_in1k". If they are for another number of
         classes, the classifier starts anew, and a warning in the log says so.
-      **fields: fields of `ResNet`, `ResNet9` or `VGG` to set: num_classes, dtype, ...
+      **fields: fields of `ResNet` (but `block`), `ResNet9` or `VGG` to set: num_classes, ...
 
     Returns:
       The model; with `weights` (model, variables), as `from_torch` gives them.

@@ -427,6 +427,7 @@ class ResNet(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
                 bias_init=uniform(x.shape[-1] ** -0.5),
                 dtype=x.dtype,
+                precision="highest",
                 name="fc",
             )(x)
             outputs["logits"] = x

@@ -76,6 +76,7 @@ class ResNet9(nn.Module):
                 use_bias=False,
                 kernel_init=uniform(x.shape[-1] ** -0.5),
                 dtype=x.dtype,
+                precision="highest",
                 name="fc",
             )(x)
             outputs["logits"] = x

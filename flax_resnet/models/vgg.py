@@ -87,7 +87,8 @@ class VGG(nn.Module):
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         outputs["pooled"] = x
         if self.num_classes:
-            x = dense(self.num_classes, dtype=x.dtype, name="classifier_6")(x)
+            last = dense(self.num_classes, dtype=x.dtype, precision="highest", name="classifier_6")
+            x = last(x)
             outputs["logits"] = x
         return outputs if features else x
 

@@ -103,9 +103,8 @@ class Checkpoints:
         self._saved, self._asked = time.monotonic(), 0
         self._manager = ocp.CheckpointManager(
             self._folder,
-            # For the shapes of what an earlier start wrote.
             item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_one_writer()),
                 "run": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -166,7 +165,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)
+                    state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run)
                 ),
                 metrics=metrics,
             )
@@ -185,11 +184,12 @@ class Checkpoints:
         assert step is not None
         self._check_shapes(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        placed = ocp.checkpoint_utils.construct_restore_args(abstract)
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore()
+                    state=ocp.args.PyTreeRestore(abstract, placed), run=ocp.args.JsonRestore()
                 ),
             )
             names = [field.name for field in dataclasses.fields(History)]
@@ -396,6 +396,16 @@ def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             yield str(path.relative_to(checkpoint)), digest
+
+
+def _one_writer() -> Any:
+    """How Orbax writes arrays: whole, on one device of those that have the same.
+
+    By default each device writes a part, for which Orbax compiles a program a kind of array
+    and device: seconds before the first checkpoint.
+    """
+    handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -103,6 +103,10 @@ def open_data(config: Config, mesh: Mesh) -> Data:
         return Data(train, test, channel_statistics(b["image"][b["mask"]] for b in read))
 
 
+def _takes_many_steps(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform != "cpu"
+
+
 def _memory(mesh: Mesh) -> int:
     """Bytes of a device's memory, or of the host's where that is what the device has."""
     stats = mesh.local_devices[0].memory_stats() or {}
@@ -151,7 +155,7 @@ def _resident(
     everywhere, divided = programs.replicated(mesh), programs.by_example(mesh)
     train, test = (
         {
-            "image": _put_everywhere(split.images, mesh),
+            "image": _put_everywhere(split.images.reshape(len(split), -1), mesh),
             "label": _put_everywhere(split.labels, mesh),
         }
         for split in (train_set, test_set)
@@ -164,9 +168,9 @@ def _resident(
     def order(epoch: int) -> jax.Array:
         return _put_everywhere(epoch_order(config.seed, epoch, len(train_set), rollbacks), mesh)
 
-    pick = programs.make_pick(mesh, config.batch_size)
+    pick = programs.make_pick(mesh, config.batch_size, train_set.image_shape)
     pick_one = jax.jit(pick, out_shardings=divided).lower(train, order(0), zero).compile()
-    pick_eval = programs.make_pick_eval(mesh, eval_batch_size)
+    pick_eval = programs.make_pick_eval(mesh, eval_batch_size, test_set.image_shape)
     pick_eval = jax.jit(pick_eval, out_shardings=divided).lower(test, zero).compile()
     one_step, eval_step = _compile(
         mesh, step, eval_step, state, pick_one(train, order(0), zero), pick_eval(test, zero)
@@ -176,7 +180,7 @@ def _resident(
         return one_step(state, pick_one(train, order, np.int32(position)))
 
     calls = {1: single}
-    if mesh.devices.flat[0].platform != "cpu" and steps_per_epoch >= _STEPS_A_CALL:
+    if _takes_many_steps(mesh) and steps_per_epoch >= _STEPS_A_CALL:
         program = programs.make_train_steps(
             step, pick, steps_per_epoch=steps_per_epoch, steps=_STEPS_A_CALL
         )
@@ -261,7 +265,9 @@ def _compile(
     train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
     evaluate = jax.jit(eval_step, out_shardings=everywhere)
     lowered = [train.lower(state, batch), evaluate.lower(state, eval_batch)]
-    threads = ThreadPoolExecutor()
+    # On a GPU XLA times its candidates, and two programs would disturb each other.
+    at_once = 1 if mesh.devices.flat[0].platform == "gpu" else None
+    threads = ThreadPoolExecutor(at_once)
     try:
         return tuple(threads.map(jax.stages.Lowered.compile, lowered))
     finally:

@@ -1,5 +1,6 @@
 """Several processes as one run, by `jax.distributed`."""
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -25,7 +26,8 @@ def connect(
 
     Args:
       coordinator: HOST:PORT of process 0. Without it JAX looks for a TPU pod, Slurm,
-        Open MPI or Kubernetes around it, and where there is none this process is alone.
+        Open MPI or Kubernetes around it, and where there is none, or one of a single process,
+        this process is alone.
       num_processes: how many they are.
       process_id: which of them this is, from 0.
 
@@ -37,12 +39,21 @@ def connect(
         others cannot be reached.
     """
     given = (coordinator, num_processes, process_id)
+    detection = None
     if any(value is not None for value in given):
+        detection = "deactivate"
         host, port = _check(*given)
         if process_id:
             _wait_for(host, port)
+    # Under these JAX would take the first of the GPUs alone.
+    elif "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE")):
+        return 1
     try:
-        jax.distributed.initialize(*given, initialization_timeout=_SECONDS_TO_MEET)
+        jax.distributed.initialize(
+            *given,
+            cluster_detection_method=detection,
+            initialization_timeout=_SECONDS_TO_MEET,
+        )
     except Exception as error:  # of JAX, and of what tells it of the cluster around it
         if coordinator is None and isinstance(error, ValueError):
             return 1  # JAX found nothing around it that would tell it the three

@@ -51,6 +51,9 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
 
     SIGTERM and the first SIGINT let the step at hand end, and write a checkpoint.
 
+    A script calls it under `if __name__ == "__main__":`, since data that is streamed is read by
+    processes that import the script.
+
     Args:
       config: keys of `Config`, e.g. from `default_config`; those that it lacks have
         their defaults.
@@ -69,8 +72,11 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
     workdir = Path(workdir)
     files.check_workdir(workdir, checked)
     state_dict = read_initial(checked, workdir)
-    keep_compiled_programs()
     mesh = programs.make_mesh(checked.batch_size, checked.accumulation_steps)
+    if jax.process_count() == 1:
+        # Of several the first alone would write, and find at the next start what the others
+        # compile anew. On GPUs they would then wait for what it finds out while it compiles.
+        keep_compiled_programs()
     if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.load, daemon=True).start()
@@ -85,6 +91,13 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
             return state
     except OSError as error:
         raise InputError(f"cannot write workdir {workdir}: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            "the memory is not enough: a smaller batch_size takes less, and so does "
+            f"accumulation_steps=2 or data_feed=stream ({short_reason(error)})"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,18 @@ def by_example(mesh: Mesh) -> NamedSharding:
 
 
 def build_model(config: Config, num_classes: int, mesh: Mesh) -> Model:
-    """The model of a config; dtype "auto" is bfloat16 on GPU and TPU."""
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    """The model of a config; dtype "auto" is that of `fastest_dtype`."""
+    dtype = fastest_dtype(mesh.devices.flat[0]) if config.dtype == "auto" else config.dtype
     fields: dict[str, Any] = dict(config.model_fields) | {"frozen": config.freeze}
     if config.batch_norm == "per_replica":
         fields["bn_splits"] = mesh.size
     return create_model(config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
+
+
+def fastest_dtype(device: Any) -> str:
+    """bfloat16 on a TPU, and on a GPU whose convolutions know it: Ampere and newer."""
+    is_old = device.platform == "gpu" and float(device.compute_capability) < 8
+    return "float32" if device.platform == "cpu" or is_old else "bfloat16"
 
 
 def random_keys(seed: int, rollbacks: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -178,18 +182,28 @@ def is_finite(state: TrainState) -> jax.Array:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]))
 
 
-def make_pick(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:
-    """(data, order, position) -> that batch of an epoch, of examples on the device."""
+# Images lie on the device as rows of pixels. In four dimensions a TPU would have the examples
+# side by side in memory, and bring the whole data set into another order for every batch.
+
+
+def make_pick(mesh: Mesh, batch_size: int, image_shape: tuple[int, ...]) -> Callable[..., Batch]:
+    """(data, order, position) -> that batch of an epoch, of examples on the device.
+
+    Of the data "image" is uint8 [N, H * W * C].
+    """
 
     def pick(data, order, position):
         index = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
         index = jax.lax.with_sharding_constraint(index, by_example(mesh))
-        return {"image": data["image"][index], "label": data["label"][index], "index": index}
+        images = data["image"][index].reshape(-1, *image_shape)
+        return {"image": images, "label": data["label"][index], "index": index}
 
     return pick
 
 
-def make_pick_eval(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:
+def make_pick_eval(
+    mesh: Mesh, batch_size: int, image_shape: tuple[int, ...]
+) -> Callable[..., Batch]:
     """(data, start) -> the examples from `start` on, with a mask that is False beyond the end."""
 
     def pick(data, start):
@@ -197,7 +211,8 @@ def make_pick_eval(mesh: Mesh, batch_size: int) -> Callable[..., Batch]:
         index = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), by_example(mesh))
         mask = index < count
         index = jnp.minimum(index, count - 1)
-        return {"image": data["image"][index], "label": data["label"][index], "mask": mask}
+        images = data["image"][index].reshape(-1, *image_shape)
+        return {"image": images, "label": data["label"][index], "mask": mask}
 
     return pick
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import flax_resnet as fr
+from flax_resnet.models.freezing import is_frozen
 from flax_resnet.models.layers import GroupNorm
 
 SMALL: dict[str, Any] = {
@@ -54,12 +55,28 @@ def init(model, x):
 def test_scanned_blocks_are_the_same_blocks(kind, rng):
     x = images_of(rng)
     variables = init(small(kind), x)
-    results = []
-    for scan_blocks in (False, True):
+
+    def results(scan_blocks):
         model = small(kind, scan_blocks=scan_blocks)
-        apply = jax.jit(partial(model.apply, train=True, features=True, mutable=["batch_stats"]))
-        results.append(apply(variables, x))
-    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+
+        @jax.jit
+        def compute(variables):
+            def loss(params):
+                outputs, updates = model.apply(
+                    {**variables, "params": params},
+                    x,
+                    train=True,
+                    features=True,
+                    mutable=["batch_stats"],
+                )
+                return jnp.sum(jnp.sin(outputs["logits"])), (outputs, updates)
+
+            gradient, trained = jax.grad(loss, has_aux=True)(variables["params"])
+            return gradient, trained, model.apply(variables, x, train=False)
+
+        return compute(variables)
+
+    chex.assert_trees_all_close(results(False), results(True), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["basic", "preact"])
@@ -84,6 +101,72 @@ def test_features_are_what_lies_on_the_way(kind, rng):
     fc = variables["params"]["fc"]
     logits = features["pooled"] @ fc["kernel"] + fc["bias"][None]
     np.testing.assert_allclose(features["logits"], logits, rtol=1e-4, atol=1e-5)
+
+
+SMALL_OTHERS = {
+    "ResNet9": fr.ResNet9(num_classes=5, widths=(8, 12, 16, 24)),
+    "VGG": fr.VGG((1, 1), num_classes=5, batch_norm=True, widths=(8, 16), hidden=12, dropout=0.0),
+}
+
+
+@pytest.mark.parametrize("model", SMALL_OTHERS.values(), ids=SMALL_OTHERS)
+def test_fields_that_all_nets_have(model, rng):
+    x = images_of(rng)
+    variables = init(model, x)
+
+    def train(**fields):
+        options = {"mutable": ["batch_stats", "intermediates"], "capture_intermediates": True}
+        apply = partial(model.clone(**fields).apply, train=True, **options)
+        return jax.jit(apply)(variables, x)
+
+    logits, updates = train()
+    _, kept = train(frozen=("*",))
+    chex.assert_trees_all_equal(kept["batch_stats"], variables["batch_stats"])
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(updates["batch_stats"], variables["batch_stats"])
+    halves, _ = train(bn_splits=2)
+    apart = [
+        model.apply(variables, part, train=True, mutable=["batch_stats"])[0]
+        for part in (x[:2], x[2:])
+    ]
+    size = np.linalg.norm(halves)
+    assert np.linalg.norm(halves - np.concatenate(apart)) < 1e-4 * size
+    assert np.linalg.norm(halves - logits) > 1e-2 * size
+    _, half = train(dtype=jnp.bfloat16)
+    convolutions = [
+        value["__call__"][0].dtype
+        for name, value in half["intermediates"].items()
+        if name.startswith(("conv", "features"))
+    ]
+    assert set(convolutions) == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_frozen_statistics_are_named_by_module_or_leaf(rng):
+    x = images_of(rng)
+    variables = init(small(), x)
+    for frozen, keeps in ((("*.running_*",), True), (("*.bn?",), True), (("*.weight",), False)):
+        apply = partial(small(frozen=frozen).apply, train=True, mutable=["batch_stats"])
+        _, updates = apply(variables, x)
+        before, after = (v["batch_stats"]["layer1_0"]["bn1"] for v in (variables, updates))
+        assert bool((before["mean"] == after["mean"]).all()) == keeps
+    assert is_frozen(("params", "fc", "bias"), ("fc.bias",))
+    assert not is_frozen(("params", "fc", "kernel"), ("fc.bias",))
+
+
+def test_dropout_has_the_rate_that_is_asked_for(rng):
+    x = images_of(rng)
+    model = small("wide preact", dropout=0.3)
+    variables = init(model, x)
+    rates = []
+
+    def look(call, arguments, options, context):
+        if isinstance(context.module, nn.Dropout):
+            rates.append(context.module.rate)
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(look):
+        model.apply(variables, x, train=False)
+    assert rates == [0.3] * 5
 
 
 def test_without_a_classifier_the_pooled_features_come_out(rng):

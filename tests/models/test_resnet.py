@@ -269,28 +269,6 @@ def test_statistics_move_in_training_only(rng):
         assert (np.asarray(value) != int(path[-1] == "var")).all(), path
 
 
-@pytest.mark.parametrize("block", [fr.BasicBlock, fr.Bottleneck])
-def test_scanned_blocks_are_the_same_blocks(block, rng):
-    build = partial(fr.ResNet, block, (3, 1, 2), widths=(4, 8, 8), strides=(1, 2, 1))
-    x = jnp.asarray(rng.normal(size=(4, 32, 32, 3)), jnp.float32)
-    key = jax.random.key(0)
-    results = []
-    for scan_blocks in (False, True):
-        model = build(num_classes=5, scan_blocks=scan_blocks)
-        variables = jax.jit(partial(model.init, train=False))(key, x)
-
-        def loss_fn(params, model=model, variables=variables):
-            logits, updates = model.apply(
-                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
-            )
-            return jnp.sum(jnp.sin(logits)), (logits, updates)
-
-        gradient, result = jax.jit(jax.grad(loss_fn, has_aux=True))(variables["params"])
-        logits = jax.jit(partial(model.apply, train=False))(variables, x)
-        results.append((variables, gradient, result, logits))
-    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
-
-
 def test_stacked_blocks_are_the_same_blocks(rng):
     model = fr.ResNet(
         fr.BasicBlock, (12, 1, 2), 5, widths=(4, 8, 8), strides=(1, 2, 1), scan_blocks=True
@@ -356,26 +334,20 @@ def test_every_split_of_a_batch_is_normalised_by_itself(splits, rng):
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_variables(rng):
     x = jnp.asarray(rng.normal(size=(8, 32, 32, 3)), jnp.float32)
-    model = fr.cifar_resnet20()
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
-    expected, expected_updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
-
-    half = fr.cifar_resnet20(dtype=jnp.bfloat16)
-    initial = jax.jit(partial(half.init, train=False))(jax.random.key(0), x)
-    chex.assert_trees_all_equal(initial, variables)
-    result: Any = half.apply(
-        variables,
-        x,
-        train=True,
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
+    model, half = fr.cifar_resnet8(), fr.cifar_resnet8(dtype=jnp.bfloat16)
+    variables, initial = (
+        jax.jit(partial(net.init, train=False))(jax.random.key(0), x) for net in (model, half)
     )
-    logits, updates = result
+    chex.assert_trees_all_equal(initial, variables)
+    apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    expected, expected_updates = apply(variables, x)
+    options: Any = {"mutable": ["batch_stats", "intermediates"], "capture_intermediates": True}
+    logits, updates = jax.jit(partial(half.apply, train=True, **options))(variables, x)
     assert logits.dtype == jnp.float32
     blocks = {k: v["__call__"][0] for k, v in updates["intermediates"].items() if "layer" in k}
     assert {v.dtype for v in blocks.values()} == {jnp.dtype(jnp.bfloat16)}
-    # bfloat16 keeps 8 bits; 20 layers of it.
-    assert np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
+    # bfloat16 keeps 8 bits; 8 layers of it.
+    assert np.linalg.norm(logits - expected) < 0.03 * np.linalg.norm(expected)
     for ours, theirs in zip(
         jax.tree.leaves(updates["batch_stats"]),
         jax.tree.leaves(expected_updates["batch_stats"]),

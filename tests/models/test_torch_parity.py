@@ -62,18 +62,13 @@ SMALL_NETS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "gray images": ("BasicBlock", 1, {}),
     "many channels": ("BasicBlock", 12, {"deep_stem": True}),
 }
-# (model, height, width): even and odd sizes.
+# (model, height, width): an even and an odd side.
 NETS = [
-    ("resnet18", 64, 64),
-    ("resnet18", 65, 75),
-    ("resnet50", 64, 64),
-    ("resnet50", 65, 75),
-    ("cifar_resnet20", 32, 32),
-    ("cifar_resnet20", 33, 27),
-    ("cifar_resnet9", 16, 16),
-    ("cifar_resnet9", 17, 11),
-    ("lab10_resnet50", 16, 16),
-    ("lab10_resnet50", 17, 13),
+    ("resnet18", 64, 75),
+    ("resnet50", 65, 64),
+    ("cifar_resnet20", 32, 27),
+    ("cifar_resnet9", 16, 11),
+    ("lab10_resnet50", 17, 16),
 ]
 
 
@@ -103,8 +98,8 @@ def assert_parity(model, twin, shape: tuple[int, ...]) -> None:
 
     Where the input of a ReLU rounds to the other side of zero, the gradient jumps: on
     such images PyTorch's own float32 is off its float64 by up to 3e-2, and for resnet50
-    that is three batches of four. So up to 20 random batches are tried; a gradient that is
-    wrong agrees on none.
+    that is three batches of four. So for the gradients up to 20 random batches are tried; one
+    that is wrong agrees on none.
     """
     initial = copy.deepcopy(twin.state_dict())
     variables = fr.from_torch(model, initial)
@@ -124,7 +119,8 @@ def assert_parity(model, twin, shape: tuple[int, ...]) -> None:
     gradient = jax.jit(jax.grad(weighted_sum, argnums=(0, 1), has_aux=True))
     predict = jax.jit(partial(model.apply, train=False))
 
-    def assert_agree(seed: int) -> None:
+    def compare(seed: int) -> list[tuple[Any, Any, str]]:
+        """Compares all but the gradients, and returns these."""
         images = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
         twin.load_state_dict(initial)
         with torch.no_grad():
@@ -140,21 +136,24 @@ def assert_parity(model, twin, shape: tuple[int, ...]) -> None:
             variables["params"], images, to_nhwc(cotangent)
         )
         assert_close(output, to_nhwc(expected), "train output")
-        assert_close(by_images, to_nhwc(x.grad), "gradient by the images")
         ours = fr.to_torch(model, {"params": by_params, **updates})
-        for name, parameter in twin.named_parameters():
-            assert_close(ours[name], parameter.grad, f"gradient of {name}")
         for name, m in norms.items():
             assert_close(ours[f"{name}.running_mean"], m.running_mean, f"{name}.running_mean")
             # Ours moves by a tenth of the biased variance, PyTorch's of the unbiased one.
             kept = 0.9 * initial[f"{name}.running_var"]
             biased = (m.running_var - kept) * (counts[name] - 1) / counts[name]
             assert_close(ours[f"{name}.running_var"], kept + biased, f"{name}.running_var")
+        return [
+            (by_images, to_nhwc(x.grad), "gradient by the images"),
+            *((ours[name], p.grad, f"gradient of {name}") for name, p in twin.named_parameters()),
+        ]
 
-    for seed in range(19):
-        with contextlib.suppress(AssertionError):
-            return assert_agree(seed)
-    assert_agree(19)
+    for seed in range(20):
+        gradients = compare(seed)
+        with contextlib.suppress(AssertionError) if seed < 19 else contextlib.nullcontext():
+            for pair in gradients:
+                assert_close(*pair)
+            return
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
@@ -174,7 +173,7 @@ def test_max_pool_agrees_with_torch(window, size, dtype, rng):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+@pytest.mark.parametrize("size", [(8, 7), (9, 8)])
 def test_block_agrees_with_torch(name, size):
     kind, channels, planes, stride, fields = BLOCKS[name]
     norms, their_norms = {}, {}
@@ -204,14 +203,13 @@ def test_small_net_agrees_with_torch(name):
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("size", [(28, 28), (35, 18)])
-def test_vgg_agrees_with_torch(batch_norm, size):
-    """After two max-pools 7x7 pixels, which pooling leaves alone, and 8x4."""
+def test_vgg_agrees_with_torch(batch_norm):
+    """After two max-pools 7x4 pixels: of a side of 7 pooling leaves all alone."""
     layers = (1, 2)
     fields = {"num_classes": 5, "widths": (8, 16), "hidden": 16, "dropout": 0.0}
     model = fr.VGG(layers, batch_norm=batch_norm, **fields)
     twin = torch_resnet.VGG(layers, batch_norm=batch_norm, **fields)
-    assert_parity(model, torch_resnet.randomize(twin), (4, *size, 3))
+    assert_parity(model, torch_resnet.randomize(twin), (4, 28, 18, 3))
 
 
 @pytest.mark.parametrize(("name", "height", "width"), NETS)

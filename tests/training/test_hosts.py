@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -24,8 +25,8 @@ RUN = (
     "--config.batch_size=256",
     "--config.eval_split=test[:37]",
     "--config.eval_batch_size=16",
-    "--config.num_epochs=10",
-    "--config.warmup_epochs=5",
+    "--config.num_epochs=6",
+    "--config.warmup_epochs=3",
     "--config.learning_rate=0.005",
 )
 
@@ -68,16 +69,17 @@ def start_two(workdir, digits_dir, *arguments):
     return [start(workdir, digits_dir, *arguments, *meet, f"--process_id={i}") for i in range(2)]
 
 
-@pytest.mark.parametrize("data_feed", ["resident", "stream"])
-def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
-    feed = (f"--config.data_feed={data_feed}", "--config.stream_workers=0")
-    processes = start_two(tmp_path, digits_dir, *feed)
+def test_two_processes_train_like_one(alone, digits_dir, tmp_path):
+    processes = start_two(tmp_path, digits_dir)
     first, second = (finish(process) for process in processes)
     assert "on 2 x cpu on 2 hosts" in first
     assert "epoch" not in second  # one speaks for both
 
-    together = read_metrics(tmp_path)
-    assert [record["step"] for record in together] == list(range(1, 11))
+    assert_same_losses(read_metrics(tmp_path), alone)
+
+
+def assert_same_losses(together, alone):
+    assert [record["step"] for record in together] == list(range(1, 7))
     for name in ("train_loss", "test_loss"):
         ours, expected = ([record[name] for record in run] for run in (together, alone))
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
@@ -87,7 +89,8 @@ def test_two_processes_train_like_one(alone, digits_dir, tmp_path, data_feed):
 
 
 def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
-    processes = start_two(tmp_path, digits_dir)
+    feed = ("--config.data_feed=stream", "--config.stream_workers=0")
+    processes = start_two(tmp_path, digits_dir, *feed)
     assert processes[0].stderr
     for line in processes[0].stderr:
         if line.startswith("epoch 1/"):
@@ -98,10 +101,9 @@ def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
     assert "stopped after step" in said[0]
     assert not any("Traceback" in text for text in said)
 
-    for process in start_two(tmp_path, digits_dir):
+    for process in start_two(tmp_path, digits_dir, *feed):
         assert "Traceback" not in finish(process)
-    losses = [[record["train_loss"] for record in run] for run in (read_metrics(tmp_path), alone)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert_same_losses(read_metrics(tmp_path), alone)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +128,31 @@ def test_a_coordinator_that_is_not_there(monkeypatch):
         hosts.connect("127.0.0.1:1", 2, 1)
 
 
-def test_the_first_host_is_first():
-    assert hosts.first_host_first("alone", lambda: 5) == 5
+@pytest.mark.parametrize("cluster", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_process_that_is_alone_in_its_cluster_takes_all_devices(monkeypatch, cluster):
+    def initialize(*_, **__):
+        raise AssertionError("JAX would take the first GPU alone")
+
+    monkeypatch.setenv(cluster, "1")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert hosts.connect() == 1
+
+
+def test_what_is_given_is_not_asked_of_the_cluster(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    hosts.connect("127.0.0.1:1", 1, 0)
+    assert given["cluster_detection_method"] == "deactivate"
+
+
+@pytest.mark.parametrize(("process", "order"), [(0, ["call", "wait"]), (1, ["wait", "call"])])
+def test_the_first_host_is_first(monkeypatch, process, order):
+    done = []
+
+    def wait(**_):
+        done.append("wait")
+
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(hosts.ocp.multihost, "get_barrier_sync_fn", lambda: wait)
+    hosts.first_host_first("alone", lambda: done.append("call"))
+    assert done == order

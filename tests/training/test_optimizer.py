@@ -77,6 +77,9 @@ def test_warm_up_rises_evenly_to_the_peak(schedule):
     ours = rates(schedule=schedule, learning_rate=0.2, warmup_epochs=2.0)
     np.testing.assert_allclose(ours[:21], 0.2 * np.arange(1, 22) / 21, rtol=1e-5)
     assert ours.max() == ours[20]
+    if schedule == "cosine":  # to 0, in the steps that are left
+        fall = 0.1 * (1 + np.cos(np.pi * np.arange(80) / 80))
+        np.testing.assert_allclose(ours[20:], fall, atol=1e-6)
     if schedule == "step":  # the drops stay where they were
         np.testing.assert_allclose(ours[[49, 50, 74, 75]], [0.2, 0.02, 0.02, 0.002], rtol=1e-5)
 

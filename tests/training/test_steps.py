@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import flax_resnet as fr
-from flax_resnet.data import Dataset, channel_statistics, epoch_order
+from flax_resnet.data import Dataset, augment, channel_statistics, epoch_order
 from flax_resnet.models import native
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.training import create_state, eval_step, programs, sgd, train_step
@@ -36,7 +37,9 @@ def random_dataset(rng, count=40, size=8) -> Dataset:
 
 def make_state(optimizer, size=8):
     create = partial(create_state, MODEL, optimizer, image_shape=(size, size, 3))
-    return jax.jit(create)(jax.random.key(0))
+    # Compiling the random numbers would take many times longer than drawing them.
+    options = {"xla_backend_optimization_level": "0"}
+    return jax.jit(create, compiler_options=options)(jax.random.key(0))
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -94,7 +97,7 @@ def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
     totals, layers = [], []
     scanned = (fr.stack_blocks(state), model.clone(scan_blocks=True))
     for start, net in ((state, model), scanned):
-        _, metrics = train_step(start, batch, model=net, optimizer=optimizer)
+        _, metrics = jax.jit(partial(train_step, model=net, optimizer=optimizer))(start, batch)
         totals.append(metrics["gradient_norm"])
         norms = np.stack([metrics["layer_gradient_norms"]] * 3)  # as of three steps
         layers.append(split_layers(norms, start.params))
@@ -104,7 +107,7 @@ def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
 
 
 def test_what_is_frozen_costs_nothing(monkeypatch):
-    monkeypatch.setattr(native, "lanes", lambda: 0)  # whose arithmetic XLA would not count
+    monkeypatch.setattr(native, "load", lambda: 0)  # whose arithmetic XLA would not count
 
     def arithmetic_and_metrics(frozen):
         optimizer = sgd(Config(freeze=frozen, **SGD), optax.constant_schedule(0.1))
@@ -144,8 +147,9 @@ def test_eval_step_counts_what_the_mask_says(rng):
     labels = jnp.arange(6)
     mask = jnp.array([True, False, True, True, False, False])
     batch = {"image": images.at[1].set(jnp.nan), "label": labels, "mask": mask}
-    sums = eval_step(state.variables, batch, model=MODEL)
-    logits = np.asarray(MODEL.apply(state.variables, images, train=False), np.float64)
+    sums = jax.jit(partial(eval_step, model=MODEL))(state.variables, batch)
+    apply = jax.jit(partial(MODEL.apply, train=False))
+    logits = np.asarray(apply(state.variables, images), np.float64)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), labels]
     np.testing.assert_allclose(sums["loss"], losses[mask].sum(), rtol=1e-5)
     assert sums["correct"] == (logits.argmax(1) == labels)[mask].sum()
@@ -260,11 +264,11 @@ def test_many_steps_a_call_are_the_same_steps(rng):
         config, MODEL, optimizer, statistics=statistics, steps_per_epoch=6
     )
     program = programs.make_train_steps(
-        step, programs.make_pick(mesh, 16), steps_per_epoch=6, steps=3
+        step, programs.make_pick(mesh, 16, (8, 8, 3)), steps_per_epoch=6, steps=3
     )
     everywhere = programs.replicated(mesh)
     program = jax.jit(program, out_shardings=everywhere)
-    data = {"image": dataset.images, "label": dataset.labels}
+    data = {"image": dataset.images.reshape(100, -1), "label": dataset.labels}
     state, data, order = jax.device_put(
         (make_state(optimizer), data, epoch_order(config.seed, 0, 100)), everywhere
     )
@@ -283,27 +287,40 @@ def test_two_runs_are_the_same_to_the_bit(rng):
 
 
 def test_every_seed_has_keys_of_its_own():
-    keys = [jax.random.key_data(k).tolist() for s in range(3) for k in programs.random_keys(s)]
-    assert len({tuple(key) for key in keys}) == 6
+    keys = [key for seed in range(3) for key in programs.random_keys(seed)]
+    keys += programs.random_keys(0, rollbacks=1)[1:]  # the weights stay
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 11
 
 
-def test_the_step_picks_its_batch_from_the_order(rng):
-    """Step k of an epoch trains on order[k * batch : (k + 1) * batch], not augmented here."""
-    config = Config(batch_size=8, crop_padding=0, horizontal_flip=False, learning_rate=0.05)
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_the_step_trains_on_its_batch_of_the_order_augmented(rng, accumulation_steps):
+    """Step k of an epoch: order[k * batch : (k + 1) * batch], as they are in that epoch."""
+    config = Config(
+        seed=3,
+        batch_size=8,
+        crop_padding=2,
+        learning_rate=0.05,
+        label_smoothing=0.1,
+        accumulation_steps=accumulation_steps,
+    )
     dataset = random_dataset(rng, count=20)
     _, losses = run_steps(config, dataset, 1, steps=4)
 
     mean, std = channel_statistics([dataset.images])
-    images = ((dataset.images / 255 - mean) / std).astype(np.float32)
+    _, key, _ = programs.random_keys(3)
+    crop_and_flip = jax.jit(partial(augment, crop_padding=2, flip=True))
     optimizer = sgd(config, optax.constant_schedule(0.05))
     state = make_state(optimizer)
-    step = jax.jit(partial(train_step, model=MODEL, optimizer=optimizer))
+    step = partial(train_step, model=MODEL, optimizer=optimizer, label_smoothing=0.1)
+    step = jax.jit(partial(step, accumulation_steps=accumulation_steps))
     expected = []
     for epoch in range(2):
         order = epoch_order(config.seed, epoch, 20)
         for start in (0, 8):
             index = order[start : start + 8]
-            batch = {"image": images[index], "label": dataset.labels[index]}
+            images = crop_and_flip(dataset.images[index], index, jax.random.fold_in(key, epoch))
+            images = ((np.asarray(images) / 255 - mean) / std).astype(np.float32)
+            batch = {"image": images, "label": dataset.labels[index]}
             state, metrics = step(state, batch)
             expected.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
@@ -331,8 +348,8 @@ def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
 
     statistics = channel_statistics([train_set.images])
     images = (dataset.images / 255 - statistics[0]) / statistics[1]
-    logits = MODEL.apply(state.variables, jnp.float32(images), train=False)
-    logits = np.asarray(logits, np.float64)
+    apply = jax.jit(partial(MODEL.apply, train=False))
+    logits = np.asarray(apply(state.variables, jnp.float32(images)), np.float64)
     losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(count), dataset.labels]
     assert result["accuracy"] == (logits.argmax(1) == dataset.labels).mean()
     np.testing.assert_allclose(result["loss"], losses.mean(), rtol=1e-4)
@@ -352,6 +369,21 @@ def test_dtype_on_a_cpu_is_float32():
     mesh = programs.make_mesh(8)
     assert programs.build_model(Config(), 10, mesh).dtype == jnp.float32
     assert programs.build_model(Config(dtype="bfloat16"), 10, mesh).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("gpu", "7.5", "float32"),  # a T4, whose convolutions of bfloat16 XLA does in float32
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "10.0", "bfloat16"),
+        ("tpu", None, "bfloat16"),
+    ],
+)
+def test_fastest_dtype(platform, capability, dtype):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert programs.fastest_dtype(device) == dtype
 
 
 def test_per_replica_is_a_split_a_device():

@@ -1,20 +1,24 @@
 """Whole runs on the digits, and what they leave behind."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
 import shutil
 from functools import partial
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import flax_resnet as fr
-from flax_resnet.data import Source
+from flax_resnet.data import Source, channel_statistics, epoch_order, normalize
 from flax_resnet.training import (
     check_config,
     checkpoint,
@@ -171,10 +175,9 @@ def test_final_state_gives_the_final_metrics(finished, config):
     assert accuracy == read_metrics(folder)[-1]["test_accuracy"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_streaming_gives_the_same_bits(finished, config, tmp_path, workers):
+def test_streaming_gives_the_same_bits(finished, config, tmp_path):
     folder, expected = finished
-    streaming = changed(config, data_feed="stream", stream_workers=workers)
+    streaming = changed(config, data_feed="stream", stream_workers=1)
     chex.assert_trees_all_equal(
         jax.device_get(fr.train(streaming, tmp_path)), jax.device_get(expected)
     )
@@ -182,7 +185,8 @@ def test_streaming_gives_the_same_bits(finished, config, tmp_path, workers):
 
 
 def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(feeds, "_memory", lambda mesh: 1_000_000)
+    # The images and labels are 365 * 3,076 bytes, just above a quarter of this.
+    monkeypatch.setattr(feeds, "_memory", lambda mesh: 4_400_000)
     mesh = programs.make_mesh(config.batch_size)
     for data_feed, kind in (("auto", Source), ("resident", fr.Dataset), ("stream", Source)):
         run = check_config(changed(config, data_feed=data_feed, stream_workers=0))
@@ -192,10 +196,9 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     assert type(feeds.open_data(check_config(config), mesh).train) is fr.Dataset
 
 
-def test_a_streamed_run_goes_on_as_a_resident_one(finished, config, tmp_path, monkeypatch):
-    streaming = changed(config, data_feed="stream", stream_workers=1)
-    train_until(11, streaming, tmp_path, monkeypatch)
-    state = fr.train(config, tmp_path)
+def test_a_resident_run_goes_on_as_a_streamed_one(finished, config, tmp_path, monkeypatch):
+    train_until(11, config, tmp_path, monkeypatch)
+    state = fr.train(changed(config, data_feed="stream", stream_workers=0), tmp_path)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(finished[1]))
 
 
@@ -209,11 +212,11 @@ class StopError(Exception):
     pass
 
 
-def train_until(step, config, folder, monkeypatch, *, save=True):
-    """Trains until a call has reached that step, and a checkpoint of it is written or not."""
+def train_until(step, config, folder, monkeypatch, kept=None):
+    """Trains to that step, with checkpoints after these: by default 8, a whole epoch, and it."""
 
     def stop(run, checkpoints, state, history):
-        if save:
+        if int(state.step) in ({8, step} if kept is None else kept):
             loop_save(run, checkpoints, state, history)
         if state.step >= step:
             raise StopError
@@ -227,12 +230,13 @@ def train_until(step, config, folder, monkeypatch, *, save=True):
 
 
 @pytest.mark.parametrize(
-    ("step", "save"),
-    [(16, True), (16, False), (11, True), (11, False), (3, False)],
+    ("step", "kept"),
+    [(16, {8, 16}), (16, {8, 13}), (11, {8, 11}), (11, {8}), (3, set())],
     ids=["epoch", "before its checkpoint", "inside an epoch", "before that one", "before all"],
 )
-def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, step, save):
-    train_until(step, config, tmp_path, monkeypatch, save=save)
+def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkeypatch, step, kept):
+    train_until(step, config, tmp_path, monkeypatch, kept)
+    assert set(steps_kept(tmp_path)) == kept
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "st')  # torn off
     state = fr.train(config, tmp_path)
@@ -259,6 +263,98 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(config, tmp_pat
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+def test_another_seed_has_other_weights(config, tmp_path):
+    one_step = changed(config, num_steps=1, warmup_epochs=0.0, learning_rate=1e-9)
+    kernels = [
+        np.asarray(
+            fr.train(changed(one_step, seed=seed), tmp_path / str(seed)).params["conv1"]["kernel"]
+        )
+        for seed in (0, 1)
+    ]
+    assert np.abs(kernels[0] - kernels[1]).mean() > 0.01
+
+
+def test_batches_are_those_of_the_seed(config, tmp_path, monkeypatch):
+    """Without augmentation and learning the epoch's mean is over the order's examples."""
+    still = changed(config, seed=3, num_steps=1, crop_padding=0, learning_rate=1e-9)
+    state = fr.train(changed(still, warmup_epochs=0.0), tmp_path)
+    train = fr.load_dataset("digits", "train[:264]", config.data_dir)
+    index = epoch_order(3, 0, 264)[:32]
+    mean, std = channel_statistics([train.images])
+    images = normalize(train.images[index], mean, std)
+    apply = partial(fr.cifar_resnet8().apply, train=True, mutable=["batch_stats"])
+    logits, _ = jax.jit(apply)(jax.device_get(state.variables), images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, train.labels[index])
+    (record,) = read_metrics(tmp_path)
+    assert record["train_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+def test_records_are_means_of_their_epoch(finished, config, monkeypatch, tmp_path):
+    seen = []
+    step = loop.Progress.step
+
+    def noted(self, epoch, images, loss, accuracy):
+        seen.append((epoch, loss.item(), accuracy.item()))
+        step(self, epoch, images, loss, accuracy)
+
+    monkeypatch.setattr(loop.Progress, "step", noted)
+    fr.train(changed(config, num_epochs=2), tmp_path)
+    for record in read_metrics(tmp_path):
+        epoch = [values for number, *values in seen if number == record["epoch"]]
+        assert len(epoch) == 8
+        expected = np.mean(epoch, axis=0)
+        np.testing.assert_allclose([record["train_loss"], record["train_accuracy"]], expected)
+        # The seconds are those of the evaluation too.
+        assert record["images_per_second"] * record["seconds"] > 256
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "cifar_resnet20", "model_fields": {"scan_blocks": True, "stochastic_depth": 0.2}},
+        {"model": "vgg11", "model_fields": {"widths": (8,) * 5, "hidden": 16}},
+    ],
+    ids=["scanned blocks", "vgg"],
+)
+def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatch, fields):
+    config = changed(config, **fields, num_steps=6, learning_rate=0.01, warmup_epochs=0.0)
+    expected = fr.train(config, tmp_path / "whole")
+    train_until(4, config, tmp_path / "stopped", monkeypatch)
+    state = fr.train(config, tmp_path / "stopped")
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+
+
+def test_many_steps_a_call(finished, config, tmp_path, monkeypatch):
+    """As on GPU and TPU, where three steps a call and two more by themselves make an epoch."""
+    monkeypatch.setattr(feeds, "_takes_many_steps", lambda mesh: True)
+    monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
+    calls = []
+    make = programs.make_train_steps
+    monkeypatch.setattr(
+        programs, "make_train_steps", lambda *a, **o: calls.append(o) or make(*a, **o)
+    )
+    config = changed(config, learning_rate=0.005, num_epochs=2)
+    fr.train(config, tmp_path / "many")
+    monkeypatch.undo()
+    fr.train(config, tmp_path / "one by one")
+    assert [call["steps"] for call in calls] == [3]
+    for name, tolerance in (("train_loss", 1e-4), ("gradient_norm", 1e-2), ("test_loss", 1e-3)):
+        many, single = (
+            [record[name] for record in read_metrics(tmp_path / folder)]
+            for folder in ("many", "one by one")
+        )
+        np.testing.assert_allclose(many, single, rtol=tolerance)
+
+
+def test_memory_that_is_not_enough_is_one_line(config, tmp_path, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(loop, "_run_epoch", fail)
+    with pytest.raises(fr.InputError, match=r"the memory is not enough: .*accumulation_steps=2"):
+        fr.train(config, tmp_path)
+
+
 def test_best_state_outlives_later_ones(tmp_path, finished, config):
     _, state = finished
     run = check_config(changed(config, keep_checkpoints=1))
@@ -267,7 +363,7 @@ def test_best_state_outlives_later_ones(tmp_path, finished, config):
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, None)):
         if accuracy is not None:
             history.end_epoch({"step": step, "test_accuracy": accuracy})
-        checkpoints.save(state.replace(step=np.int32(step)), history)
+        checkpoints.save(state.replace(step=jnp.int32(step)), history)
         if step == 3:  # also across two starts
             checkpoints.close()
             checkpoints = checkpoint.Checkpoints(tmp_path, run)
@@ -310,6 +406,30 @@ def test_folder_with_a_run_of_another_config_is_refused(finished, config):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_what_computes_nothing_may_change(finished, config, run_copy):
+    free = {
+        "stream_workers": 0,
+        "checkpoint_minutes": 1.0,
+        "keep_checkpoints": 7,
+        "on_nan": "rollback",
+        "data_feed": "resident",
+    }
+    fr.train(changed(config, **free), run_copy)
+    with pytest.raises(fr.InputError, match=r"label_smoothing \(0.0 there\)"):
+        fr.train(changed(config, label_smoothing=0.1), run_copy)
+
+
+def test_checkpoint_is_due_after_its_minutes(config, tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    run = check_config(changed(config, checkpoint_minutes=2.0))
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, run)) as checkpoints:
+        now += 119
+        assert not checkpoints.is_due()
+        now += 2
+        assert checkpoints.is_due()
+
+
 def test_data_may_move_but_not_change(finished, config, digits_dir, tmp_path):
     folder, _ = finished
     copy, data = tmp_path / "run", tmp_path / "data"
@@ -341,8 +461,9 @@ def test_workdir_that_is_a_file(config, tmp_path):
         fr.train(config, tmp_path / (300 * "x"))
 
 
-def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)
+@pytest.mark.parametrize("denied", [os.W_OK, os.X_OK])
+def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch, denied):
+    monkeypatch.setattr(workdir.os, "access", lambda path, mode: not mode & denied)
     with pytest.raises(fr.InputError, match=r"cannot write workdir .* is not writable"):
         fr.train(config, tmp_path / "run")
 
