@@ -145,7 +145,8 @@ def reuse_memory() -> None:
     A step then begins when the one before has freed its memory. And what is small and stays is
     not allocated above that memory, as there is room left below: glibc does not take a freed
     piece in the middle of the heap for an aligned one of the same size, so that the next step
-    would have a second.
+    would have a second. The room is in pieces, too small for a data set or for what most steps
+    take, which would fill it.
     """
     import jax
 
@@ -154,9 +155,11 @@ def reuse_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
         libc.free.argtypes = [ctypes.c_void_p]
-        room = libc.malloc(256 << 20)  # takes no memory before it is written to
-        libc.malloc(256 << 20)  # stays, or the room would be the end of the heap again
-        libc.free(room)
+        # They take no memory before they are written to. Every other one stays, or they would
+        # be one, and the end of the heap again.
+        pieces = [libc.malloc(128 << 20) for _ in range(16)]
+        for piece in pieces[::2]:
+            libc.free(piece)
 
 
 def silence_closed_event_loops() -> None:

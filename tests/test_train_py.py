@@ -195,9 +195,10 @@ train.reuse_memory()
 libc = ctypes.CDLL(None)
 libc.aligned_alloc.argtypes, libc.aligned_alloc.restype = 2 * [ctypes.c_size_t], ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
+libc.malloc(200 << 20)  # a data set
 piece = libc.aligned_alloc(64, 1 << 30)
 for _ in range(100):
-    libc.malloc(10_000)  # small, and stays
+    libc.malloc(5_000_000)  # small, and stays
 libc.free(piece)
 assert libc.aligned_alloc(64, 1 << 30) == piece
 """
