@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
 from flax_resnet.models.layers import BatchNorm
+from tests.models.test_fields import init
 
 # torchvision's documentation: num_params of its published weights.
 TORCHVISION = {
@@ -238,8 +239,7 @@ def test_zero_init_reaches_the_last_norm_of_each_block_alone(block, last):
 
 def test_initial_values_are_those_of_torch():
     model = fr.resnet18()
-    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), train=False))
-    variables = init(jax.random.key(0))
+    variables = init(model, jnp.zeros((1, 64, 64, 3)))
     for path, value in flatten_dict(variables["params"]).items():
         value = np.asarray(value)
         if value.ndim == 4:  # Kaiming normal by fan_out
@@ -261,10 +261,11 @@ def test_initial_values_are_those_of_torch():
 def test_statistics_move_in_training_only(rng):
     model = fr.cifar_resnet8()
     x = jnp.asarray(rng.normal(1.0, 2.0, size=(4, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
-    _, updates = model.apply(variables, x, train=False, mutable=["batch_stats"])
+    variables = init(model, x)
+    apply = jax.jit(partial(model.apply, mutable=["batch_stats"]), static_argnames="train")
+    _, updates = apply(variables, x, train=False)
     chex.assert_trees_all_equal(updates["batch_stats"], variables["batch_stats"])
-    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    _, updates = apply(variables, x, train=True)
     for path, value in flatten_dict(updates["batch_stats"]).items():
         assert (np.asarray(value) != int(path[-1] == "var")).all(), path
 
@@ -274,7 +275,7 @@ def test_stacked_blocks_are_the_same_blocks(rng):
         fr.BasicBlock, (12, 1, 2), 5, widths=(4, 8, 8), strides=(1, 2, 1), scan_blocks=True
     )
     x = jnp.asarray(rng.normal(size=(4, 32, 32, 3)), jnp.float32)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x)
+    variables = init(model, x)
     stacked = fr.stack_blocks(variables)
     assert [name for name in stacked["params"] if name.startswith("layer")] == [
         "layer1_0",
@@ -335,9 +336,7 @@ def test_every_split_of_a_batch_is_normalised_by_itself(splits, rng):
 def test_bfloat16_computes_near_float32_and_keeps_float32_variables(rng):
     x = jnp.asarray(rng.normal(size=(8, 32, 32, 3)), jnp.float32)
     model, half = fr.cifar_resnet8(), fr.cifar_resnet8(dtype=jnp.bfloat16)
-    variables, initial = (
-        jax.jit(partial(net.init, train=False))(jax.random.key(0), x) for net in (model, half)
-    )
+    variables, initial = (init(net, x) for net in (model, half))
     chex.assert_trees_all_equal(initial, variables)
     apply = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
     expected, expected_updates = apply(variables, x)
