@@ -47,8 +47,7 @@ from flax_resnet.evaluate import (
 )
 from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, load_run
-from flax_resnet.training import check_config, hosts
-from flax_resnet.training import workdir as files
+from flax_resnet.training import check_config, files, hosts
 
 _BINS = 15
 _MISTAKES = 12

@@ -18,8 +18,7 @@ from flax_resnet.data import normalize
 from flax_resnet.errors import InputError
 from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.training import programs
-from flax_resnet.training import workdir as files
+from flax_resnet.training import files, programs
 from flax_resnet.training.checkpoint import (
     Record,
     accuracy_at,

@@ -112,12 +112,13 @@ def main(options: argparse.Namespace) -> int:
         started = time.monotonic()
         if part != "curves" and images is None:
             images = load_images(options)
-        numbers = _PARTS[part](options, images)
+        measure_part, draw = _PARTS[part]
+        numbers = measure_part(options, images)
         if numbers is None:
             continue
         try:
             (options.output / f"{part}.json").write_text(json.dumps(numbers) + "\n")
-            getattr(figures, f"draw_{part}")(numbers, options.output / f"{part}.png")
+            draw(numbers, options.output / f"{part}.png")
         except OSError as error:
             raise InputError(f"cannot write into {options.output}: {error.strerror}") from error
         say(f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
@@ -293,11 +294,12 @@ def read_metrics(path: Path) -> tuple[str, list[dict[str, float]]]:
     return name, records
 
 
-_PARTS: dict[str, Callable[[argparse.Namespace, Any], dict[str, Any] | None]] = {
-    "identity": measure_identity,
-    "gradients": measure_gradients,
-    "fields": measure_fields,
-    "curves": read_curves,
+# How each is measured (None: it cannot be yet) and drawn.
+_PARTS: dict[str, tuple[Callable[..., dict[str, Any] | None], Callable[..., None]]] = {
+    "identity": (measure_identity, figures.draw_identity),
+    "gradients": (measure_gradients, figures.draw_gradients),
+    "fields": (measure_fields, figures.draw_fields),
+    "curves": (read_curves, figures.draw_curves),
 }
 _SHOWN = 7  # the image in the figures
 

@@ -58,7 +58,7 @@ class ResidualBlock(nn.Module):
       squeeze_excite: end the residual branch with `SqueezeExcite`.
       stochastic_depth: probability that training leaves the residual branch of an example
         out; what stays is scaled up to keep the mean. Needs the rng "dropout".
-      norm: `BatchNorm` or `GroupNorm`, or a `functools.partial` of one.
+      norm_layer: `BatchNorm` or `GroupNorm`, or a `functools.partial` of one.
       dtype: type of the compute.
 
     Raises (when called):
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
     width_per_group: int = 64
     squeeze_excite: bool = False
     stochastic_depth: float | jax.Array = 0.0
-    norm: Norm = BatchNorm
+    norm_layer: Norm = BatchNorm
     dtype: Dtype = jnp.float32
 
     expansion: ClassVar[int] = 1
@@ -148,7 +148,9 @@ class ResidualBlock(nn.Module):
                 x = nn.avg_pool(x, window, window, padding, count_include_pad=False)  # pyright: ignore[reportArgumentType]
                 stride = 1
         x = conv1x1(planes, stride, dtype=self.dtype, name=names[0])(x)
-        return x if self.preactivation else self.norm(train, dtype=self.dtype, name=names[1])(x)
+        return (
+            x if self.preactivation else self.norm_layer(train, dtype=self.dtype, name=names[1])(x)
+        )
 
     def join(
         self,
@@ -182,7 +184,7 @@ class BasicBlock(ResidualBlock):
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
-        norm = partial(self.norm, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=dtype)
         identity = self.downsample(x, train)
 
         out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(x)
@@ -209,7 +211,7 @@ class Bottleneck(ResidualBlock):
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
-        norm = partial(self.norm, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=dtype)
         identity = self.downsample(x, train)
 
         out = conv1x1(width, dtype=dtype, name="conv1")(x)
@@ -249,7 +251,7 @@ class PreActBasicBlock(ResidualBlock):
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
         dtype = self.dtype
-        norm = partial(self.norm, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=dtype)
 
         out = relu(norm(name="bn1")(x))
         identity = self.downsample(out if self.changes_shape(x) else x, train)
@@ -273,7 +275,7 @@ class PreActBottleneck(ResidualBlock):
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
         width, dtype = self._width(), self.dtype
-        norm = partial(self.norm, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=dtype)
 
         out = relu(norm(name="bn1")(x))
         identity = self.downsample(out if self.changes_shape(x) else x, train)
@@ -397,7 +399,7 @@ class ResNet(nn.Module):
             groups=self.groups,
             width_per_group=self.width_per_group,
             squeeze_excite=self.squeeze_excite,
-            norm=norm,
+            norm_layer=norm,
             dtype=self.dtype,
             **fields,
         )

@@ -64,7 +64,7 @@ class ResNet9(nn.Module):
             x = max_pool2d(conv(planes, name=f"conv{stage + 1}")(x), 2)
             x = relu(bn(name=f"bn{stage + 1}")(x))
             if stage != 2:
-                block = BasicBlock(planes, norm=norm, dtype=self.dtype, name=f"block{stage}")
+                block = BasicBlock(planes, norm_layer=norm, dtype=self.dtype, name=f"block{stage}")
                 x = block(x, train)
             outputs[f"layer{stage}"] = x
 

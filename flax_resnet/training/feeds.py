@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from flax_resnet.data import (
 from flax_resnet.errors import InputError
 from flax_resnet.training import programs
 from flax_resnet.training.config import Config
+from flax_resnet.training.hardware import host_memory
 from flax_resnet.training.programs import EvalStep, Statistics, Step
 from flax_resnet.training.steps import Batch, Metrics, TrainState
 
@@ -110,8 +110,7 @@ def _takes_many_steps(mesh: Mesh) -> bool:
 def _memory(mesh: Mesh) -> int:
     """Bytes of a device's memory, or of the host's where that is what the device has."""
     stats = mesh.local_devices[0].memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit", host)
+    return stats.get("bytes_limit", host_memory())
 
 
 def open_feed(

@@ -13,13 +13,17 @@ def describe_hardware() -> dict[str, str]:
     described = {"devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"}
     if jax.process_count() > 1:
         described["devices"] += f" on {jax.process_count()} hosts"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return described | {
         "cpu": f"{os.cpu_count()} x {_cpu_model()}",
-        "memory": f"{memory / 2**30:.0f} GiB",
+        "memory": f"{host_memory() / 2**30:.0f} GiB",
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def host_memory() -> int:
+    """Bytes of this host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cpu_model() -> str:

@@ -24,8 +24,7 @@ from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
 from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.progress import Progress, say, warn
-from flax_resnet.training import hosts, programs, tensorboard
-from flax_resnet.training import workdir as files
+from flax_resnet.training import files, hosts, programs, tensorboard
 from flax_resnet.training.checkpoint import Checkpoints, History, Record, set_damaged_aside
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config

@@ -179,7 +179,7 @@ def test_block_agrees_with_torch(name, size):
     norms, their_norms = {}, {}
     if "norm" in fields:
         fields = {k: v for k, v in fields.items() if k != "norm"}
-        norms, their_norms = {"norm": GroupNorm}, {"norm": torch_resnet.group_norm}
+        norms, their_norms = {"norm_layer": GroupNorm}, {"norm": torch_resnet.group_norm}
     model = getattr(fr, kind)(planes, stride, **fields, **norms)
     twin = getattr(torch_resnet, kind)(channels, planes, stride, **fields, **their_norms)
     assert_parity(model, torch_resnet.randomize(twin), (4, *size, channels))

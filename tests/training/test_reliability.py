@@ -20,7 +20,7 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.data import epoch_order
-from flax_resnet.training import check_config, checkpoint, feeds, loop, programs, workdir
+from flax_resnet.training import check_config, checkpoint, feeds, files, loop, programs
 from tests.training.test_train import (
     changed,
     read_metrics,
@@ -301,7 +301,7 @@ def test_second_run_in_one_folder_is_refused(finished, config, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(finished[0], copy)
     with (
-        workdir.locked(copy),
+        files.locked(copy),
         pytest.raises(fr.InputError, match=r"another run is at work in .*copy"),
     ):
         fr.train(config, copy)

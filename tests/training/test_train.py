@@ -24,10 +24,10 @@ from flax_resnet.training import (
     checkpoint,
     create_state,
     feeds,
+    files,
     loop,
     programs,
     tensorboard,
-    workdir,
 )
 from tests.data.test_datasets import as_tfrecord
 
@@ -456,7 +456,7 @@ def test_workdir_that_is_a_file(config, tmp_path):
 
 @pytest.mark.parametrize("denied", [os.W_OK, os.X_OK])
 def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch, denied):
-    monkeypatch.setattr(workdir.os, "access", lambda path, mode: not mode & denied)
+    monkeypatch.setattr(files.os, "access", lambda path, mode: not mode & denied)
     with pytest.raises(fr.InputError, match=r"cannot write workdir .* is not writable"):
         fr.train(config, tmp_path / "run")
 
