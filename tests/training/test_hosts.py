@@ -25,8 +25,8 @@ RUN = (
     "--config.batch_size=256",
     "--config.eval_split=test[:37]",
     "--config.eval_batch_size=16",
-    "--config.num_epochs=6",
-    "--config.warmup_epochs=3",
+    "--config.num_epochs=10",
+    "--config.warmup_epochs=5",
     "--config.learning_rate=0.005",
 )
 
@@ -79,7 +79,7 @@ def test_two_processes_train_like_one(alone, digits_dir, tmp_path):
 
 
 def assert_same_losses(together, alone):
-    assert [record["step"] for record in together] == list(range(1, 7))
+    assert [record["step"] for record in together] == list(range(1, 11))
     for name in ("train_loss", "test_loss"):
         ours, expected = ([record[name] for record in run] for run in (together, alone))
         np.testing.assert_allclose(ours, expected, rtol=1e-4)
