@@ -48,7 +48,7 @@ class Config:
     # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that differ from its own.
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
-    # Type of the compute; "auto" is bfloat16 on GPU and TPU and float32 on CPU.
+    # Type of the compute; "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # The weights to start from: a run's folder, of which the best checkpoint counts, a
     # .safetensors, .pth or .pt file, or the id of a Hugging Face Hub repository. A classifier
