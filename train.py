@@ -13,7 +13,6 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 
 import argparse
 import ctypes
-import logging
 import os
 import re
 import signal
@@ -22,8 +21,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -50,16 +48,13 @@ KEEP_MEMORY = (
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
-    from flax_resnet.progress import quietly
+    from flax_resnet.progress import hush_libraries, quietly
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
     if len(arguments) > 1:
         fail(f"what is {arguments[1]!r}? Options begin with --")
-    # TFDS and Orbax tell all they do, and of an error before they raise it.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    for name in ("flax_resnet", "jax"):  # as that there is a GPU, and no JAX for it
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hush_libraries(logging.FATAL)  # they tell of an error before they raise it
     reuse_memory()
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -1,17 +1,16 @@
 """What the programs that look at a run have in common: command line, quiet mode, exit codes."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from absl import logging as absl_logging
+from absl import logging
 
 from flax_resnet.errors import InputError, one_line
-from flax_resnet.progress import quietly
+from flax_resnet.progress import hush_libraries, quietly
 from flax_resnet.training.compilation import keep_compiled_programs
 
 
@@ -40,9 +39,7 @@ def run_program(
 ) -> NoReturn:
     """Parses the command line, and exits with what `main` returns, or 2 after an InputError."""
     options = parser.parse_args(arguments)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # TFDS and Orbax tell all they do
-    for name in ("flax_resnet", "jax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hush_libraries(logging.ERROR)
     # By default JAX takes most of a GPU's memory, and a run may be at work on it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_compiled_programs()

@@ -1,6 +1,7 @@
 """What is said on standard error while work goes on: bars on a terminal, lines elsewhere."""
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from absl import logging as absl_logging
 from tqdm import tqdm
 
 T = TypeVar("T")
@@ -26,6 +28,16 @@ def quietly(quiet: bool = True) -> Iterator[None]:
         yield
     finally:
         _quiet = before
+
+
+def hush_libraries(level: int) -> None:
+    """Has TFDS and Orbax, which tell all they do, log from that level of absl's on.
+
+    Warnings of JAX and of this library stay: that there is a GPU and no JAX for it, say.
+    """
+    absl_logging.set_verbosity(level)
+    for name in ("flax_resnet", "jax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def warn(line: str) -> None:

@@ -195,8 +195,7 @@ def make_pick(mesh: Mesh, batch_size: int, image_shape: tuple[int, ...]) -> Call
     def pick(data, order, position):
         index = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
         index = jax.lax.with_sharding_constraint(index, by_example(mesh))
-        images = data["image"][index].reshape(-1, *image_shape)
-        return {"image": images, "label": data["label"][index], "index": index}
+        return _examples(data, index, image_shape) | {"index": index}
 
     return pick
 
@@ -211,10 +210,14 @@ def make_pick_eval(
         index = jax.lax.with_sharding_constraint(start + jnp.arange(batch_size), by_example(mesh))
         mask = index < count
         index = jnp.minimum(index, count - 1)
-        images = data["image"][index].reshape(-1, *image_shape)
-        return {"image": images, "label": data["label"][index], "mask": mask}
+        return _examples(data, index, image_shape) | {"mask": mask}
 
     return pick
+
+
+def _examples(data: Batch, index: jax.Array, image_shape: tuple[int, ...]) -> Batch:
+    images = data["image"][index].reshape(-1, *image_shape)
+    return {"image": images, "label": data["label"][index]}
 
 
 def make_train_steps(

@@ -203,13 +203,14 @@ def test_small_net_agrees_with_torch(name):
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_vgg_agrees_with_torch(batch_norm):
-    """After two max-pools 7x4 pixels: of a side of 7 pooling leaves all alone."""
+@pytest.mark.parametrize("size", [(28, 28), (35, 18)])
+def test_vgg_agrees_with_torch(batch_norm, size):
+    """After two max-pools 7x7 pixels, which pooling leaves alone, and 8x4."""
     layers = (1, 2)
     fields = {"num_classes": 5, "widths": (8, 16), "hidden": 16, "dropout": 0.0}
     model = fr.VGG(layers, batch_norm=batch_norm, **fields)
     twin = torch_resnet.VGG(layers, batch_norm=batch_norm, **fields)
-    assert_parity(model, torch_resnet.randomize(twin), (4, 28, 18, 3))
+    assert_parity(model, torch_resnet.randomize(twin), (4, *size, 3))
 
 
 @pytest.mark.parametrize(("name", "height", "width"), NETS)

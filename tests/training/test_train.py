@@ -282,7 +282,7 @@ def test_weights_and_batches_are_those_of_the_seed(config, tmp_path):
     assert record["train_loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
-def test_records_are_means_of_their_epoch(finished, config, monkeypatch, tmp_path):
+def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
     seen = []
     step = loop.Progress.step
 
@@ -317,7 +317,7 @@ def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatc
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
 
 
-def test_many_steps_a_call(finished, config, tmp_path, monkeypatch):
+def test_many_steps_a_call(config, tmp_path, monkeypatch):
     """As on GPU and TPU, where three steps a call and two more by themselves make an epoch."""
     monkeypatch.setattr(feeds, "_takes_many_steps", lambda mesh: True)
     monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
@@ -399,7 +399,7 @@ def test_folder_with_a_run_of_another_config_is_refused(finished, config):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_what_computes_nothing_may_change(finished, config, run_copy):
+def test_what_computes_nothing_may_change(config, run_copy):
     free = {
         "stream_workers": 0,
         "checkpoint_minutes": 1.0,
