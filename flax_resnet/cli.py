@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from absl import logging
 
-from flax_resnet.errors import InputError, one_line
+from flax_resnet.errors import InputError, memory_errors, one_line
 from flax_resnet.progress import hush_libraries, quietly
 from flax_resnet.training.compilation import keep_compiled_programs
 
@@ -46,7 +46,7 @@ def run_program(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with quietly(options.quiet):
+        with quietly(options.quiet), memory_errors("perhaps another program is at work there"):
             code = main(options)
         sys.stdout.flush()
     except InputError as error:

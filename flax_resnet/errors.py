@@ -1,4 +1,9 @@
-"""InputError, and what any exception says in one line."""
+"""InputError, what is made one, and what any exception says in one line."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
 
 
 class InputError(ValueError):
@@ -21,3 +26,14 @@ def one_line(error: object) -> str:
 def short_reason(error: object, length: int = 300) -> str:
     """The beginning of `one_line`, so many characters."""
     return one_line(error)[:length]
+
+
+@contextlib.contextmanager
+def memory_errors(advice: str) -> Iterator[None]:
+    """Where JAX finds too little memory within, raises an InputError with this advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"the memory is not enough: {advice} ({short_reason(error)})") from error

@@ -37,7 +37,9 @@ def hush_libraries(level: int) -> None:
     """
     absl_logging.set_verbosity(level)
     for name in ("flax_resnet", "jax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:  # else $JAX_LOGGING_LEVEL says what to tell
+            logger.setLevel(logging.WARNING)
 
 
 def warn(line: str) -> None:

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import textwrap
 
-# Before TFDS and JAX are imported: the user's data sets and GPU are not the tests' business.
+# Before TFDS and JAX are imported: the user's data sets, devices and proxies are not the tests'
+# business.
 os.environ.pop("TFDS_DATA_DIR", None)
+os.environ.pop("JAX_NUM_CPU_DEVICES", None)
+os.environ["no_proxy"] = "127.0.0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from pathlib import Path
 
 import jax
 import numpy as np
+import platformdirs
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -45,6 +49,16 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user_cache"))
     return tmp_path / "user_cache"
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user whom the system does not know, without $HOME."""
+
+    def nowhere(*_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", nowhere)
 
 
 @pytest.fixture(scope="session")

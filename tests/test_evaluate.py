@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from sklearn import metrics
@@ -99,6 +100,16 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, call):
         code, out, err = call(module, *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
+
+
+def test_memory_that_is_not_enough_is_one_line(finished, call, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(module, "evaluate", fail)
+    code, _, err = call(module, "--workdir", finished[0], "--quiet")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the memory is not enough: perhaps another program" in err
 
 
 def test_data_of_another_kind(run):

@@ -1,10 +1,12 @@
 """The bar of a terminal, and the plain lines elsewhere."""
 
 import io
+import logging
 import sys
 
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 from flax_resnet import progress
 from flax_resnet.progress import bar, quietly, say, warn
@@ -21,6 +23,14 @@ def run(images=10):
             shown.step(2, 10, np.array([0.4, 0.6]), np.array([0.5, 0.0]))
         say("a line")
         return shown.time_left()
+
+
+def test_level_of_jax_that_is_set_stays(monkeypatch):
+    logger = logging.getLogger("jax")
+    for level, expected in ((logging.NOTSET, logging.WARNING), (logging.DEBUG, logging.DEBUG)):
+        monkeypatch.setattr(logger, "level", level)
+        progress.hush_libraries(absl_logging.ERROR)
+        assert logger.level == expected
 
 
 def test_plain_lines_come_once_a_minute(monkeypatch, capsys):

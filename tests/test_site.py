@@ -1,4 +1,4 @@
-"""The programs and commands of the documentation, run as they stand."""
+"""The programs of the documentation, and the commands of its how-tos, run as they stand."""
 
 import os
 import re

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags, logging
 
 from flax_resnet.data.datasets import Source
+from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
 
@@ -144,7 +145,7 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
 
 
 def _begin(worker: int, workers: int) -> None:
-    logging.set_verbosity(logging.FATAL)  # as the program that started this process
+    hush_libraries(logging.FATAL)  # as train.py does
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that program alone
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
+from flax_resnet.caches import cache_folder
 from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.progress import bar, say, shows_bars
@@ -340,14 +340,15 @@ def _load_whole(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     file_name = f"{builder.info.full_name.replace('/', '-')}-{split}.npz"
     beside = Path(builder.data_path).parent / f"{version}-flax_resnet" / file_name
     place = hashlib.sha256(str(builder.data_path).encode()).hexdigest()[:12]
-    in_user_cache = platformdirs.user_cache_path("flax_resnet") / place / file_name
-    for path in (beside, in_user_cache):
+    in_user_cache = cache_folder(place)
+    paths = [beside, in_user_cache / file_name] if in_user_cache else [beside]
+    for path in paths:
         cached = _read_cache(path, fingerprint)
         if cached is not None:
             return cached
 
     images, labels = _decode(builder, split)
-    for path in (beside, in_user_cache):
+    for path in paths:
         try:
             _write_cache(path, fingerprint, images, labels)
             break

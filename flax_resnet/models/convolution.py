@@ -116,7 +116,8 @@ def grouped_convolution(
 
 def _check(x: jax.Array, kernel: jax.Array, groups: int, stride: int, padding: int) -> None:
     # convolution.cc reads memory as these say.
-    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != groups * kernel.shape[2]:
+    is_4d = x.ndim == kernel.ndim == 4
+    if not is_4d or x.shape[3] != groups * kernel.shape[2] or kernel.shape[3] % groups:
         raise ValueError(
             f"images [N, H, W, C] of shape {x.shape} cannot be convolved with a kernel of "
             f"{kernel.shape}{f' in {groups} groups' if groups > 1 else ''}"

@@ -1,5 +1,6 @@
 """Building and loading of convolution.cc for the CPU that this process runs on."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import jax
 import jaxlib.version
-import platformdirs
+
+from flax_resnet.caches import cache_folder
 
 _SOURCE = Path(__file__).with_name("convolution.cc")
 _HEADERS = [_SOURCE.with_name(name) for name in ("winograd.h", "tile.h")]
@@ -69,32 +71,29 @@ def _library() -> ctypes.CDLL:
     sources = b"".join(path.read_bytes() for path in (_SOURCE, *_HEADERS))
     key = hashlib.sha256(sources + macros + f"{_FLAGS} {jaxlib.version.__version__}".encode())
     name = f"convolution-{key.hexdigest()[:16]}.so"
-    try:
-        return _cached(compiler, platformdirs.user_cache_path("flax_resnet") / "native" / name)
-    except (OSError, RuntimeError):  # no home, no room in it, or nothing there may be run
-        with tempfile.TemporaryDirectory() as scratch:
-            return ctypes.CDLL(str(_build(compiler, Path(scratch) / name)))
+    folder = cache_folder("native")
+    kept = folder / name if folder else None
+    if kept:
+        with contextlib.suppress(OSError):  # not there, damaged, or nothing there may be run
+            return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / name
+        _run(*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(built), str(_SOURCE))
+        if kept:
+            with contextlib.suppress(OSError):  # no room, or nothing there may be run
+                _copy(built, kept)
+                return ctypes.CDLL(str(kept))
+        return ctypes.CDLL(str(built))
 
 
-def _cached(compiler: list[str], path: Path) -> ctypes.CDLL:
-    if path.exists():
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # damaged, or of another machine that shares the home
-            path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _copy(built: Path, kept: Path) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
     # Whole before it has its name: another process may be looking for it.
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        built = _build(compiler, Path(scratch) / path.name)
-        with built.open("rb+") as file:
+    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as scratch:
+        copy = Path(shutil.copy(built, scratch))
+        with copy.open("rb+") as file:
             os.fsync(file.fileno())
-        built.replace(path)
-    return ctypes.CDLL(str(path))
-
-
-def _build(compiler: list[str], path: Path) -> Path:
-    _run(*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(path), str(_SOURCE))
-    return path
+        copy.replace(kept)
 
 
 def _run(*command: str) -> bytes:

@@ -110,7 +110,7 @@ def _download(repository: str) -> str:
     except ImportError as error:
         raise ImportError(
             f"there is no file {repository}, and to fetch it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install 'flax-resnet[hub]'"
+            "huggingface_hub: pip install huggingface_hub"
         ) from error
     try:
         try:

@@ -1,9 +1,10 @@
-"""JAX's cache of compiled programs, on by default."""
+"""JAX's cache of compiled programs."""
 
 import os
 
 import jax
-import platformdirs
+
+from flax_resnet.caches import cache_folder
 
 
 def keep_compiled_programs() -> None:
@@ -12,8 +13,8 @@ def keep_compiled_programs() -> None:
     Set JAX_COMPILATION_CACHE_DIR for another folder, or JAX_ENABLE_COMPILATION_CACHE=false
     for none.
     """
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = platformdirs.user_cache_path("flax_resnet") / "xla"
+    folder = cache_folder("xla")
+    if folder and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             # A start has a dozen small programs, which together take seconds.

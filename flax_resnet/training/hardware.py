@@ -1,4 +1,4 @@
-"""What a run works on, for its checkpoints and its report."""
+"""What a run works on."""
 
 import os
 import platform

@@ -46,7 +46,7 @@ def connect(
         if process_id:
             _wait_for(host, port)
     # Under these JAX would take the first of the GPUs alone.
-    elif "1" in (os.environ.get("SLURM_NTASKS"), os.environ.get("OMPI_COMM_WORLD_SIZE")):
+    elif os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1":
         return 1
     try:
         jax.distributed.initialize(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from flax_resnet.errors import InputError, short_reason
+from flax_resnet.errors import InputError, memory_errors, short_reason
 from flax_resnet.models import ResNet, native, stack_blocks, unstack_blocks
 from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
@@ -38,6 +38,10 @@ from flax_resnet.training.steps import Metrics, TrainState, create_state, split_
 _MAX_ROLLBACKS = 10
 _SECONDS_OF_A_SLOW_CALL = 1.0
 _IMAGES_SHOWN = 64
+_LESS_MEMORY = (
+    "less is taken with data_feed=stream, and in another workdir with a smaller batch_size or "
+    "accumulation_steps=2"
+)
 
 
 def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainState:
@@ -62,7 +66,8 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
       The state after the last step.
 
     Raises:
-      InputError: if the config, the data or the folder cannot be used.
+      InputError: if the config, the data or the folder cannot be used, or the memory is not
+        enough.
       FloatingPointError: if the loss or its gradient becomes infinite or not a number.
       KeyboardInterrupt: after SIGINT.
       SystemExit: with code 143 after SIGTERM.
@@ -82,7 +87,7 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
     data = hosts.first_host_first("data", partial(open_data, checked, mesh))
     run = _plan(checked, workdir, mesh, data, state_dict)
     try:
-        with contextlib.ExitStack() as stack:
+        with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as stack:
             hosts.on_first_host(partial(_claim, run, stack))
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, checked)))
             state = _train(run, checkpoints)
@@ -90,13 +95,6 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
             return state
     except OSError as error:
         raise InputError(f"cannot write workdir {workdir}: {error}") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            "the memory is not enough: a smaller batch_size takes less, and so does "
-            f"accumulation_steps=2 or data_feed=stream ({short_reason(error)})"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def learning_rate_schedule(
       total_steps: length of the run.
 
     Raises:
-      InputError: if the warm-up is not shorter than the run.
+      InputError: if the warm-up is not shorter than the run, or there is no such schedule.
     """
     peak = config.learning_rate
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -44,6 +44,8 @@ def learning_rate_schedule(
                 step = round(at * total_steps) - warmup
                 drops[step] = drops.get(step, 1.0) * config.decay_factor
             schedule = optax.piecewise_constant_schedule(peak, drops)
+        case _:
+            raise InputError(f"unknown schedule {config.schedule!r}")
     if not warmup:
         return schedule
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)

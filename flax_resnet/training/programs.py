@@ -83,8 +83,11 @@ def build_model(config: Config, num_classes: int, mesh: Mesh) -> Model:
 
 def fastest_dtype(device: Any) -> str:
     """bfloat16 on a TPU, and on a GPU whose convolutions know it: Ampere and newer."""
-    is_old = device.platform == "gpu" and float(device.compute_capability) < 8
-    return "float32" if device.platform == "cpu" or is_old else "bfloat16"
+    if device.platform == "gpu":
+        capability = str(device.compute_capability)  # of AMD's the architecture, e.g. gfx90a
+        is_old = not capability.startswith("gfx") and float(capability) < 8
+        return "float32" if is_old else "bfloat16"
+    return "float32" if device.platform == "cpu" else "bfloat16"
 
 
 def random_keys(seed: int, rollbacks: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:

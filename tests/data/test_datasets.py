@@ -132,9 +132,11 @@ def test_cache_goes_to_the_user_where_the_folder_cannot_be_written(
     assert_same(load_dataset("digits", "train", str(own_digits)), first)
 
 
-def test_no_place_for_a_cache_is_no_error(own_digits, user_cache):
+@pytest.mark.parametrize("place", ["user_cache", "no_home"])
+def test_no_place_for_a_cache_is_no_error(place, own_digits, request):
     cache_file(own_digits, "train").parent.write_text("in the way")
-    user_cache.write_text("in the way")
+    if user_cache := request.getfixturevalue(place):
+        user_cache.write_text("in the way")
     assert len(load_dataset("digits", "train", str(own_digits))) == 1437
 
 

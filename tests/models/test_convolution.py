@@ -1,6 +1,8 @@
 """Our convolution: PyTorch's numbers in float64, derivatives of every kind, and its fallbacks."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,7 +11,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import platformdirs
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -153,6 +154,16 @@ def test_in_shard_map(operands, devices):
     assert_close(by_kernel, gradients(xlas)(*operands)[1])
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_in_pmap(operands, devices):
+    x, kernel = operands
+    stacked = (jnp.stack([x] * devices), jnp.stack([kernel] * devices))
+    for convolve, expected in ((ours, xlas), (gradients(ours), gradients(xlas))):
+        everywhere = jax.pmap(convolve, devices=jax.devices()[:devices])(*stacked)
+        alone = jax.tree.map(lambda a: jnp.stack([a] * devices), expected(*operands))
+        jax.tree.map(assert_close, everywhere, alone)
+
+
 def test_second_derivatives(operands):
     def forward_over_reverse(convolve):
         return lambda *primals: jax.jvp(gradients(convolve), primals, primals)[1]
@@ -217,6 +228,12 @@ def test_shapes_that_do_not_go_together(x, kernel, geometry):
         convolution(jnp.ones(x), jnp.ones(kernel), stride=stride, padding=padding)
 
 
+def test_groups_divide_the_channels_that_come_out():
+    x, kernel = jnp.ones((1, 9, 7, 16)), jnp.ones((3, 3, 8, 31))
+    with pytest.raises(ValueError, match="in 2 groups"):
+        grouped_convolution(x, kernel, groups=2, stride=1, padding=1)
+
+
 def test_an_empty_batch(operands):
     x, kernel = operands
     out, (by_x, by_kernel) = ours(x[:0], kernel), gradients(ours)(x[:0], kernel)
@@ -255,22 +272,24 @@ def test_compiled_once(user_cache, monkeypatch):
 def test_damaged_library_is_compiled_anew(user_cache):
     folder = user_cache / "flax_resnet" / "native"
     folder.mkdir(parents=True)
-    loaded: list[Path] = []
+    places: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_cached", lambda compiler, path: loaded.append(path))
+        patch.setattr(native, "_copy", lambda built, kept: places.append(kept))
         native._library()
-    loaded[0].touch()
+    places[0].touch()
     assert native._library().lanes() > 0
-    assert loaded[0].stat().st_size > 0
+    assert places[0].stat().st_size > 0
 
 
-@pytest.mark.parametrize("problem", ["no home", "a file in the way"])
-def test_compiled_where_there_is_no_cache(problem, user_cache, monkeypatch):
-    def nowhere(*_):
-        raise RuntimeError("could not determine the home directory")
+@pytest.mark.parametrize("problem", ["no_home", "a file in the way", "no room"])
+def test_compiled_where_there_is_no_cache(problem, user_cache, monkeypatch, request):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
 
-    if problem == "no home":
-        monkeypatch.setattr(platformdirs, "user_cache_path", nowhere)
+    if problem == "no_home":
+        request.getfixturevalue(problem)
+    elif problem == "no room":
+        monkeypatch.setattr(shutil, "copy", no_room)
     else:
         user_cache.write_text("")
     assert native._library().lanes() > 0

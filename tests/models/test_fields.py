@@ -55,6 +55,7 @@ def init(model, x):
 def test_scanned_blocks_are_the_same_blocks(kind, rng):
     x = images_of(rng)
     variables = init(small(kind), x)
+    chex.assert_trees_all_equal(variables, init(small(kind, scan_blocks=True), x))
 
     def results(scan_blocks):
         model = small(kind, scan_blocks=scan_blocks)

@@ -149,7 +149,7 @@ def test_constructor_is_public_under_its_name(name):
     assert getattr(fr, name)() == fr.create_model(name)
 
 
-# The shapes in the comments of the seed's lab10 net, and of its ResNet at 224 pixels.
+# (height and width, channels) of the lesson's net, of torchvision's, and of He et al.'s.
 STAGES = {
     "lab10_resnet50": (32, [(32, 64), (32, 128), (16, 256), (8, 512)]),
     "resnet50": (224, [(56, 256), (28, 512), (14, 1024), (7, 2048)]),

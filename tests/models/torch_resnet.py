@@ -1,6 +1,6 @@
 """The PyTorch nets that ours are compared with, in the names of torchvision and timm.
 
-The seed's classes, with what ResNeXt, ResNet-D, squeeze-and-excitation, pre-activation,
+The lesson's classes, with what ResNeXt, ResNet-D, squeeze-and-excitation, pre-activation,
 ResNet-9 and VGG add to them; no stochastic depth, and dropout in VGG alone.
 """
 

@@ -89,6 +89,11 @@ def test_warm_up_is_shorter_than_the_run():
         rates(warmup_epochs=10.0)
 
 
+def test_an_unknown_schedule():
+    with pytest.raises(InputError, match="unknown schedule 'linear'"):
+        rates(schedule="linear")
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_is_that_of_torch(rng, nesterov, momentum):

@@ -224,7 +224,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage, capsys):
+def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage):
     steps = steps_kept(stopped)
     damage(stopped / "checkpoints" / str(steps[-1]))
     said = checkpoint.set_damaged_aside(stopped)
@@ -407,11 +407,12 @@ def test_other_batches_after_a_rollback():
     assert len({crop.tobytes() for crop in crops}) == 3
 
 
-def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch):
+def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 3, 99)
-    monkeypatch.setattr(loop, "_MAX_ROLLBACKS", 1)
+    monkeypatch.setattr(loop, "_MAX_ROLLBACKS", 2)
     with pytest.raises(FloatingPointError, match="there is no checkpoint before it"):
         fr.train(changed(config, on_nan="rollback"), tmp_path)
+    assert capsys.readouterr().err.count("going back") == 2
 
 
 def test_state_that_is_not_finite_is_not_kept(config, tmp_path, monkeypatch):

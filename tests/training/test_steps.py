@@ -378,6 +378,7 @@ def test_dtype_on_a_cpu_is_float32():
         ("gpu", "7.5", "float32"),  # a T4, whose convolutions of bfloat16 XLA does in float32
         ("gpu", "8.0", "bfloat16"),
         ("gpu", "10.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),  # AMD's
         ("tpu", None, "bfloat16"),
     ],
 )

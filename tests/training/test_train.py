@@ -197,9 +197,15 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     assert type(feeds.open_data(check_config(config), mesh).train) is fr.Dataset
 
 
-def test_a_resident_run_goes_on_as_a_streamed_one(finished, config, tmp_path, monkeypatch):
-    train_until(11, config, tmp_path, monkeypatch)
-    state = fr.train(changed(config, data_feed="stream", stream_workers=0), tmp_path)
+@pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])
+def test_a_run_goes_on_with_the_other_feed(
+    feed, next_feed, finished, config, tmp_path, monkeypatch
+):
+    before, after = (
+        changed(config, data_feed=name, stream_workers=0) for name in (feed, next_feed)
+    )
+    train_until(11, before, tmp_path, monkeypatch)
+    state = fr.train(after, tmp_path)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(finished[1]))
 
 
