@@ -3,9 +3,9 @@
     python benchmarks/start.py
 
 The run is digits_resnet8, its data prepared. Cold: nothing compiled yet, neither programs
-nor convolution.cc. Warm: the same again. Then, each in a process of its own, the time to lower
-and compile the training step (batch 128) of deep nets, with their blocks unrolled and
-scanned.
+nor convolution.cc. Warm: the same again. Then, each in a process of its own and by turns, the time
+to lower and compile the training step (batch 128) of deep nets, with their blocks unrolled and
+scanned. Medians.
 """
 
 import argparse
@@ -23,26 +23,32 @@ NETS = (("cifar_resnet110", False), ("cifar_resnet110", True), ("cifar_resnet120
 
 
 def seconds_to_first_step(cache: str, data: str) -> float:
-    """Runs train.py for one step; the evaluation after it is not waited for."""
-    environment = os.environ | {"XDG_CACHE_HOME": cache, "TFDS_DATA_DIR": data}
+    """Runs train.py, whose run is one step, to its end."""
+    environment = _environment() | {"XDG_CACHE_HOME": cache, "TFDS_DATA_DIR": data}
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
         command += [f"--workdir={workdir}", "--config.num_steps=1", "--config.warmup_epochs=0.01"]
         started = time.perf_counter()
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("compiled in"):  # the step itself takes a hundredth of that
-                seconds = time.perf_counter() - started
-                process.wait()
-                return seconds
-    raise RuntimeError("train.py ended before its first step")
+        ) as process:
+            assert process.stderr is not None
+            seconds = None
+            for line in process.stderr:
+                if line.startswith("compiled in"):  # the step itself takes a hundredth of that
+                    seconds = time.perf_counter() - started
+    if process.returncode or seconds is None:
+        raise RuntimeError("train.py failed")
+    return seconds
+
+
+def _environment() -> dict[str, str]:
+    """Without a cache of compiled programs that the user has set."""
+    return {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
 
 
 def compile_step(net: str, scan_blocks: bool) -> None:
-    """Prints the seconds that lowering and compiling take."""
+    """Prints the seconds that lowering takes, and those of compiling."""
     import jax
     import jax.numpy as jnp
 
@@ -66,10 +72,17 @@ def compile_step(net: str, scan_blocks: bool) -> None:
     lowered = step.lower(state, batch)
     after = time.perf_counter()
     lowered.compile()
-    print(
-        f"| {net} | {'scanned' if scan_blocks else 'unrolled'} | {after - started:.1f} "
-        f"| {time.perf_counter() - after:.1f} |"
-    )
+    print(after - started, time.perf_counter() - after)
+
+
+def seconds_to_compile(net: str, scan_blocks: bool) -> tuple[float, float]:
+    """What `compile_step` prints in a process of its own."""
+    command = [sys.executable, __file__, "--compile", net, str(scan_blocks)]
+    printed = subprocess.run(
+        command, cwd=ROOT, env=_environment(), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    lower, compile_ = map(float, printed.split())
+    return lower, compile_
 
 
 def main() -> None:
@@ -94,11 +107,12 @@ def main() -> None:
     for kind, values in times.items():
         print(f"| {kind} | {statistics.median(values):.1f} |")
     print("\n| net | blocks | lower, s | compile, s |")
-    print("|---|---|---|---|", flush=True)
-    for net, scan_blocks in NETS:
-        subprocess.run(
-            [sys.executable, __file__, "--compile", net, str(scan_blocks)], check=True, cwd=ROOT
-        )
+    print("|---|---|---|---|")
+    measured = [[seconds_to_compile(*net) for net in NETS] for _ in range(arguments.rounds)]
+    for (net, scan_blocks), rounds in zip(NETS, zip(*measured, strict=True), strict=True):
+        lower, compile_ = map(statistics.median, zip(*rounds, strict=True))
+        kind = "scanned" if scan_blocks else "unrolled"
+        print(f"| {net} | {kind} | {lower:.1f} | {compile_:.1f} |")
 
 
 if __name__ == "__main__":
