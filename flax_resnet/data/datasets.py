@@ -22,9 +22,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from flax_resnet.caches import cache_folder
 from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
 from flax_resnet.errors import InputError, short_reason
+from flax_resnet.models.caches import cache_folder
 from flax_resnet.progress import bar, say, shows_bars
 
 logger = logging.getLogger(__name__)

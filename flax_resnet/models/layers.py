@@ -145,14 +145,17 @@ class GroupNorm(nn.Module):
     """GroupNorm (Wu and He, arXiv:1803.08494), as torch.nn.GroupNorm.
 
     Its statistics are those of one image, so it is the same in training and evaluation.
-    32 groups, as in the paper, or the most below 32 that divide the channels.
+    32 groups, as in the paper, or the most below 32 that divide the channels: up to 32 channels
+    that is one each, which is instance normalisation.
 
     Attributes:
       train: of no effect; it stands where `BatchNorm` has it.
       epsilon, zero_init, dtype: as in `BatchNorm`.
+      groups: the most that there are.
     """
 
     train: bool = False
+    groups: int = 32
     epsilon: float = 1e-5
     zero_init: bool = False
     dtype: Dtype = jnp.float32
@@ -165,7 +168,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
 
         shape = x.shape
-        groups = max(n for n in range(1, 33) if channels % n == 0)
+        groups = max(n for n in range(1, self.groups + 1) if channels % n == 0)
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         x = x.reshape(*shape[:3], groups, channels // groups)
         mean = x.mean((1, 2, 4), keepdims=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jaxlib.version
 
-from flax_resnet.caches import cache_folder
+from flax_resnet.models.caches import cache_folder
 
 _SOURCE = Path(__file__).with_name("convolution.cc")
 _HEADERS = [_SOURCE.with_name(name) for name in ("winograd.h", "tile.h")]

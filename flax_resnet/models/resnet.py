@@ -320,14 +320,17 @@ class ResNet(nn.Module):
         the stem's channels (ResNet-C of He et al., arXiv:1812.01187, section 4.2).
       stem_width: channels of the stem's output; None for those of the first stage.
       groups, width_per_group, squeeze_excite: see `ResidualBlock`.
-      norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay.
+      norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay. Or
+        what makes a module in their place, from (train, *, dtype, name, zero_init=False), such as
+        a `functools.partial` of one of them.
       dropout: see `PreActBasicBlock`; no other block has it.
       stochastic_depth: that of the last block; the l-th of L blocks has l / L of it
         (Huang et al., arXiv:1603.09382, equation 4).
       scan_blocks: run the blocks of a stage but the first under `lax.scan`, so that the
         time to compile does not grow with their number. The variables have the same
-        names and values either way; see also `stack_blocks`. What Flax captures of modules
-        inside is not there for these. On a CPU where XLA does the convolutions (several
+        names and values either way; see also `stack_blocks`. Of collections and rngs these
+        blocks get params, batch_stats and "dropout" alone, and what Flax captures of modules
+        inside is not there. On a CPU where XLA does the convolutions (several
         devices, or no compiler) its steps are slow.
       bn_splits: see `BatchNorm`.
       frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
@@ -352,7 +355,7 @@ class ResNet(nn.Module):
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
-    norm: str = "batch"
+    norm: str | Norm = "batch"
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     scan_blocks: bool = False
@@ -367,7 +370,7 @@ class ResNet(nn.Module):
         self._check(x)
         frozen = partial(has_frozen_statistics, model_path=self.path, patterns=self.frozen)
         batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
-        norm = {"batch": batch_norm, "group": GroupNorm}[self.norm]
+        norm = {"batch": batch_norm, "group": GroupNorm}.get(self.norm, self.norm)
         bn = partial(norm, train, dtype=self.dtype)
         outputs = {}
 
@@ -450,10 +453,12 @@ class ResNet(nn.Module):
             raise ValueError("cifar_stem and deep_stem are two stems: set one of them")
         if self.stem_width is not None and self.stem_width < 1 + self.deep_stem:
             raise ValueError(f"stem_width={self.stem_width} is too small for a stem")
-        if self.norm not in ("batch", "group"):
-            raise ValueError(f"norm is 'batch' or 'group', not {self.norm!r}")
-        if self.norm == "group" and self.bn_splits != 1:
+        if not callable(self.norm) and self.norm not in ("batch", "group"):
+            raise ValueError(f"norm is 'batch', 'group' or makes a module, not {self.norm!r}")
+        if self.norm != "batch" and self.bn_splits != 1:
             raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
+        if callable(self.norm) and self.frozen:
+            raise ValueError("frozen is for norm='batch' and 'group'")
         if self.frozen and self.scan_blocks:
             raise ValueError(
                 "scan_blocks=True runs blocks as one: it cannot have some of them frozen"
@@ -495,7 +500,7 @@ class ResNet(nn.Module):
 
         kinds = [kind for kind in ("params", "batch_stats") if kind in self.variables]
         keys = scanned_rates = None
-        if train and (self.dropout or self.stochastic_depth):
+        if train and (self.dropout or self.stochastic_depth or self.has_rng("dropout")):
             keys = jax.random.split(self.make_rng("dropout"), len(names))
         if self.stochastic_depth:
             scanned_rates = jnp.array(rates)

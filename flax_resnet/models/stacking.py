@@ -39,7 +39,15 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def unstack_blocks(tree: Any) -> Any:
-    """Undoes `stack_blocks`."""
+    """Undoes `stack_blocks`.
+
+    Raises:
+      ValueError: if nothing in the tree tells how many blocks a stage has.
+    """
+    nodes = filter(_has_blocks, jax.tree.leaves(tree, is_leaf=_has_blocks))
+    stages = [stage for node in nodes for stage in node.items() if stage[0].endswith("_rest")]
+    # For the parts without arrays, as an optimizer's state may have them.
+    lengths = {name: len(arrays[0]) for name, value in stages if (arrays := jax.tree.leaves(value))}
 
     def unstack(node):
         if not _has_blocks(node):
@@ -50,7 +58,10 @@ def unstack_blocks(tree: Any) -> Any:
             if block != "rest":
                 out[name] = value
                 continue
-            for i in range(len(jax.tree.leaves(value)[0])):
+            arrays = jax.tree.leaves(value)
+            if not arrays and name not in lengths:
+                raise ValueError(f"nothing tells how many blocks {name} stands for")
+            for i in range(len(arrays[0]) if arrays else lengths[name]):
                 out[f"{stage}_{i + 1}"] = jax.tree.map(itemgetter(i), value)
         return out
 

@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.models.weight_files import read_state_dict
+from flax_resnet.models.weight_files import read_state_dict, without_prefixes
 
 _LEAVES = {
     "kernel": "weight",
@@ -45,8 +45,9 @@ def from_torch(
     Args:
       model: a `ResNet`, `ResNet9`, `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
-        channels; values are tensors or arrays. num_batches_tracked is left out. Or the path
-        or Hub id of one, see `read_state_dict`.
+        channels; values are tensors or arrays. num_batches_tracked is left out, and so is
+        "module." or "_orig_mod." before a name. Or the path or Hub id of one, see
+        `read_state_dict`.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
@@ -61,7 +62,7 @@ def from_torch(
         what, state_dict = os.fspath(state_dict), read_state_dict(state_dict)
     arrays = {
         name: _to_numpy(value)
-        for name, value in state_dict.items()
+        for name, value in without_prefixes(state_dict).items()
         if not name.endswith("num_batches_tracked")
     }
     firsts = [arrays[name] for name in _FIRST_CONVOLUTIONS if name in arrays]
@@ -123,7 +124,7 @@ def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def torch_name(path: tuple[str, ...]) -> str:
     """PyTorch's name of a variable, given by its path, such as ("params", "fc", "kernel")."""
     _, *modules, leaf = path
-    name = ".".join([*modules, _LEAVES[leaf]])
+    name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
     name = name.replace("downsample_conv.", "downsample.0.")
     name = name.replace("downsample_bn.", "downsample.1.")
     return re.sub(r"_(\d+)\.", r".\1.", name)

@@ -125,6 +125,7 @@ def adaptive_average_pool(
     Returns:
       [N, size, size, C].
     """
+    dtype, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
     for axis in (1, 2):
         length = x.shape[axis]
         if length != size:
@@ -133,8 +134,11 @@ def adaptive_average_pool(
                 part = slice(i * length // size, -(-(i + 1) * length // size))
                 weights[i, part] = 1 / (part.stop - part.start)
             # tensordot puts the new axis last.
-            x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(weights.T, x.dtype), (axis, 0)), -1, axis)
-    return x
+            means = jnp.tensordot(
+                x.astype(wide), jnp.asarray(weights.T, wide), (axis, 0), precision="highest"
+            )
+            x = jnp.moveaxis(means, -1, axis)
+    return x.astype(dtype)
 
 
 # Table 1, columns A, B, D and E.

@@ -1,5 +1,6 @@
 """state_dicts in files and on the Hugging Face Hub; nothing that is in them is run."""
 
+import argparse
 import os
 import re
 import warnings
@@ -12,7 +13,6 @@ import safetensors.numpy
 
 # What training scripts wrap a state_dict in: timm's, torchvision's, PyTorch's tutorials.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# What DataParallel and torch.compile put before names.
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
@@ -32,7 +32,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       ValueError: if there is no such file or repository, or no state_dict can be read
-        from it without unpickling more than tensors.
+        from it without unpickling more than tensors and a script's arguments.
       ImportError: if torch or huggingface_hub would be needed and is not installed.
     """
     path = Path(source)
@@ -53,6 +53,11 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
         state_dict = _read_pickle(path)
     else:
         raise ValueError(f"weights are read from .safetensors, .pth and .pt, not {path}")
+    return without_prefixes(state_dict)
+
+
+def without_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries without what DataParallel and torch.compile put before their names."""
     return {_PREFIXES.sub("", name): value for name, value in state_dict.items()}
 
 
@@ -70,7 +75,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs PyTorch; .safetensors does not") from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles that are not PyTorch's
+        with (
+            warnings.catch_warnings(action="ignore"),  # of pickles that are not PyTorch's
+            # The script's arguments, as timm and torchvision keep them: attributes, no code.
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         # PyTorch's own message says how to run what is in the file.

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from flax_resnet.caches import cache_folder
+from flax_resnet.models.caches import cache_folder
 
 
 def keep_compiled_programs() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.models.freezing import is_frozen
-from flax_resnet.models.layers import GroupNorm
+from flax_resnet.models.layers import BatchNorm, GroupNorm
+from flax_resnet.models.torch_weights import to_arrays
 
 SMALL: dict[str, Any] = {
     "layers": (2, 3),
@@ -78,6 +79,59 @@ def test_scanned_blocks_are_the_same_blocks(kind, rng):
         return compute(variables)
 
     chex.assert_trees_all_close(results(False), results(True), rtol=1e-4, atol=1e-5)
+
+
+class NoisyBlock(fr.BasicBlock):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dropout(0.5, deterministic=not train)(super().__call__(x, train))
+
+
+def test_scanned_blocks_of_ones_own_get_the_dropout_key(rng):
+    x = images_of(rng)
+    model = small("basic", block=NoisyBlock, scan_blocks=True)
+    variables = init(model, x)
+    logits = [
+        model.apply(
+            variables, x, True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(seed)}
+        )[0]
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert not np.allclose(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("scan_blocks", [False, True])
+def test_a_norm_of_ones_own(scan_blocks, rng):
+    x = images_of(rng)
+    slow = partial(BatchNorm, momentum=0.99)
+    model, usual = (small("basic", norm=norm, scan_blocks=scan_blocks) for norm in (slow, "batch"))
+    variables = init(usual, x)
+    (logits, moved), (expected, usually) = (
+        m.apply(variables, x, train=True, mutable=["batch_stats"]) for m in (model, usual)
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-6)
+
+    def steps(updates):
+        return jax.tree.map(jnp.subtract, updates["batch_stats"], variables["batch_stats"])
+
+    tenfold = jax.tree.map(lambda step: 10 * step, steps(moved))
+    chex.assert_trees_all_close(tenfold, steps(usually), rtol=1e-3, atol=1e-5)
+
+
+class ScaledBlock(fr.BasicBlock):
+    @nn.compact
+    def __call__(self, x, train):
+        return self.param("gamma", nn.initializers.ones, ()) * super().__call__(x, train)
+
+
+def test_parameters_of_other_names_keep_them(rng):
+    x = images_of(rng)
+    model = small("basic", block=ScaledBlock)
+    variables = init(model, x)
+    state_dict = to_arrays(variables)
+    assert "layer1.1.gamma" in state_dict
+    chex.assert_trees_all_equal(fr.from_torch(model, state_dict), variables)
 
 
 @pytest.mark.parametrize("kind", ["basic", "preact"])
@@ -322,8 +376,9 @@ def test_group_norm_computes_in_float32(rng):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"norm": "layer"}, "norm is 'batch' or 'group', not 'layer'"),
+        ({"norm": "layer"}, "norm is 'batch', 'group' or makes a module, not 'layer'"),
         ({"norm": "group", "bn_splits": 2}, "bn_splits=2 is for norm='batch'"),
+        ({"norm": BatchNorm, "frozen": ("bn1",)}, "frozen is for norm='batch' and 'group'"),
         ({"deep_stem": True}, "cifar_stem and deep_stem"),
         ({"layers": (2, 0)}, r"layers are at least 1, not \(2, 0\)"),
         ({"strides": (0, 2)}, r"strides are at least 1, not \(0, 2\)"),

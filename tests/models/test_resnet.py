@@ -285,6 +285,12 @@ def test_stacked_blocks_are_the_same_blocks(rng):
         "layer3_rest",
     ]
     chex.assert_trees_all_equal(fr.unstack_blocks(stacked), variables)
+    # As optax.masked has it, a part without arrays beside one that has them.
+    none = jax.tree.map(lambda _: None, stacked)
+    both = fr.unstack_blocks({"some": stacked, "none": none})
+    assert set(both["none"]["params"]) == set(both["some"]["params"]) == set(variables["params"])
+    with pytest.raises(ValueError, match="nothing tells how many blocks layer1_rest stands for"):
+        fr.unstack_blocks(none)
     with pytest.raises(ValueError, match=r"unstack_blocks\(variables\)"):
         fr.to_torch(model, stacked)
 

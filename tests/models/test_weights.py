@@ -1,5 +1,6 @@
 """Weights in files and from the Hub: what can be read, what is refused, what is written."""
 
+import argparse
 import builtins
 import logging
 import pickle
@@ -196,8 +197,10 @@ class TestPickles:
 
         wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
         file = tmp_path / "checkpoint.pth"
-        torch.save({"epoch": 3, wrapper: wrapped, "optimizer": {"lr": 0.1}}, file)
+        arguments = argparse.Namespace(model="resnet18", lr=0.1)  # as timm and torchvision have
+        torch.save({"args": arguments, wrapper: wrapped, "optimizer": {"lr": 0.1}}, file)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, file), variables)
+        chex.assert_trees_all_equal(fr.from_torch(MODEL, wrapped), variables)
 
     def test_code_is_not_run(self, tmp_path, tensors):
         import torch
