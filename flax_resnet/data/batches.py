@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,14 +139,27 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     with contextlib.closing(iter(dataset)) as read:
-        for batch in read:
+        while True:
+            with _signals_blocked():  # the processes begin in here, and inherit it
+                batch = next(read, None)
+            if batch is None:
+                return
             # Out of the memory that the processes share: JAX lets go of arrays late.
             yield {name: np.array(array) for name, array in batch.items()}
 
 
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """SIGINT and SIGTERM, also of a whole process group, are for the program alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(worker: int, workers: int) -> None:
     hush_libraries(logging.FATAL)  # as train.py does
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for that program alone
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

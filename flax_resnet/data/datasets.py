@@ -242,7 +242,12 @@ def _open(name: str, data_dir: str | None) -> _Builder:
     if not builder.is_prepared():
         if builder.data_path.exists():
             raise InputError(_damaged(name, builder.data_path, "it has no dataset_info.json"))
-        _prepare(builder)
+        try:
+            _prepare(builder)
+        except InputError:
+            builder = open_builder(data_dir=data_dir)
+            if not builder.is_prepared():  # by another process, which was faster
+                raise
     features = dict(builder.info.features or {})
     image, label = features.get("image"), features.get("label")
     if not (
@@ -368,7 +373,7 @@ def _fingerprint(builder: _Builder, split: str) -> str:
 
 def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] | None:
     """(images, labels), or None if there is no cache or it is stale or damaged."""
-    if not path.exists():
+    if not os.path.exists(path):  # where Path raises: in a folder not to be looked into
         return None
     try:
         # Reading an array to its end checks its CRC-32.

@@ -9,12 +9,14 @@ before anything is read.
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from flax_resnet.training.steps import TrainState
 Record = dict[str, Any]
 
 _CALLS_TO_AGREE = 32
+_REPLACED = "replaced"
 _MANIFEST = "manifest.json"
 # Orbax writes these when the rest is done, and does without them.
 _NOT_IN_MANIFEST = (_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA")
@@ -82,6 +85,13 @@ class History:
         self.losses, self.accuracies, self.gradient_norms, self.seconds = [], [], [], 0.0
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # Orbax would ask JAX by the number of the step, where `Signals` counts its questions: of
+        # two countings JAX makes one, and the signal comes late or never.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a run: the newest few, and the one with the best test accuracy.
 
@@ -101,7 +111,7 @@ class Checkpoints:
         self._environment = {"versions": _versions(), "hardware": describe_hardware()}
         self._being_written = 0
         self._saved, self._asked = time.monotonic(), 0
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._folder,
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_one_writer()),
@@ -159,8 +169,13 @@ class Checkpoints:
             metrics["test_accuracy"] = history.records[-1]["test_accuracy"]
         try:
             self._manager.wait_until_finished()
-            if step in self._manager.all_steps():  # the epoch's end, before its evaluation
-                self._manager.delete(step)
+            place, aside = (self._folder / str(step), self._folder.parent / _REPLACED / str(step))
+            replaces = step in self._manager.all_steps()  # the epoch's end, before its evaluation
+            if replaces and not metrics:
+                return
+            if replaces:
+                hosts.on_first_host(partial(_move, place, aside))
+                self._manager.reload()
             self._being_written = step
             self._manager.save(
                 step,
@@ -169,6 +184,9 @@ class Checkpoints:
                 ),
                 metrics=metrics,
             )
+            if replaces:
+                self._manager.wait_until_finished()
+                hosts.on_first_host(partial(shutil.rmtree, aside))
         except Exception as error:  # of Orbax, TensorStore and the disk
             raise self._cannot_be_written(error) from error
 
@@ -345,6 +363,16 @@ def read_variables(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
+def put_back_replaced(workdir: Path) -> None:
+    """Puts a checkpoint back whose replacement has not come to be."""
+    for aside in (workdir / _REPLACED).glob("*"):
+        place = workdir / "checkpoints" / aside.name
+        if place.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(place)
+
+
 def set_damaged_aside(workdir: Path) -> list[str]:
     """Moves every checkpoint that is not as it was written to `workdir`/damaged.
 
@@ -352,7 +380,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
       What to say of each.
 
     Raises:
-      InputError: if no other is left; then none is moved.
+      InputError: if no other is left, or one cannot be read; then none is moved.
     """
     folder = workdir / "checkpoints"
     steps = steps_in(workdir)
@@ -363,10 +391,9 @@ def set_damaged_aside(workdir: Path) -> list[str]:
         raise InputError(f"no checkpoint in {folder} can be used: {every}")
     said = []
     for step, found in damage.items():
-        aside = workdir / "damaged" / str(step)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
-        (folder / str(step)).rename(aside)
+        names = itertools.chain([str(step)], (f"{step}-{i}" for i in itertools.count(2)))
+        aside = next(p for name in names if not (p := workdir / "damaged" / name).exists())
+        _move(folder / str(step), aside)
         said.append(
             f"checkpoint {step} is damaged ({found}) and now in {aside}; "
             f"the newest sound one is {newest_sound}"
@@ -375,18 +402,29 @@ def set_damaged_aside(workdir: Path) -> list[str]:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, if anything is."""
+    """What is wrong with a checkpoint's files, if anything is.
+
+    Raises:
+      InputError: if they cannot be read, which need not last.
+    """
     try:
         expected = dict(json.loads((checkpoint / _MANIFEST).read_text()))
         actual = dict(_digests(checkpoint))
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError) as error:
         return short_reason(error)
+    except OSError as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
     for name in sorted({*expected, *actual}):
         if name not in actual:
             return f"{name} is missing"
         if expected.get(name) != actual[name]:
             return f"{name} is not as it was written"
     return None
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    source.rename(target)
 
 
 def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import matplotlib.ticker
 
 from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
-from flax_resnet.training.checkpoint import Record
+from flax_resnet.training.checkpoint import Record, steps_in
 from flax_resnet.training.config import Config
 
 # Not what is computed, so it may change between two starts of one run.
@@ -44,6 +44,11 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise InputError(f"cannot write workdir {workdir}: {existing} is not writable")
     path = workdir / "config.json"
     if not path.exists():
+        if steps_in(workdir):
+            raise InputError(
+                f"workdir {workdir} holds checkpoints without the config.json of their run: "
+                "name another --workdir"
+            )
         return
     # A key that an earlier version did not know has its default.
     theirs = _as_json(dataclasses.asdict(Config())) | read_json(path)
@@ -61,6 +66,7 @@ def write_description(
     workdir: Path,
     config: Config,
     train_set: Dataset | Source,
+    test_set: Dataset | Source,
     statistics: tuple[Sequence[float], Sequence[float]],
 ) -> None:
     """Writes config.json and dataset.json.
@@ -68,7 +74,7 @@ def write_description(
     Args:
       workdir: the folder of the run.
       config: of the run.
-      train_set: what it trains on.
+      train_set, test_set: its splits.
       statistics: mean and std of its channels.
 
     Raises:
@@ -81,13 +87,15 @@ def write_description(
             "name": config.dataset,
             "class_names": train_set.class_names,
             "train_examples": len(train_set),
+            "test_examples": len(test_set),
             "image_shape": train_set.image_shape,
             "mean": mean,
             "std": std,
         }
     )
     path = workdir / "dataset.json"
-    if path.exists() and read_json(path) != dataset:
+    # A key that an earlier version did not write is not compared.
+    if path.exists() and dataset | read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
     _write_json(path, dataset)
     _write_json(workdir / "config.json", dataclasses.asdict(config))
@@ -116,7 +124,7 @@ def locked(workdir: Path) -> Iterator[None]:
         lock.release()
 
 
-def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:
+def begin_metrics(workdir: Path, records: Sequence[Record], has_checkpoint: bool) -> None:
     """Leaves in metrics.jsonl the lines of these records and no others.
 
     What follows them was torn off, or belongs to steps that will be done again.
@@ -128,7 +136,7 @@ def begin_metrics(workdir: Path, records: Sequence[Record]) -> None:
     content = path.read_bytes() if path.exists() else b""
     # A checkpoint is on disk at the latest when the second one after it is begun.
     epochs = content.count(b"\n")
-    if epochs > 2 and not records:
+    if epochs > 2 and not has_checkpoint:
         raise InputError(
             f"{path} has lines of {epochs} epochs, but there is no checkpoint to go on from: "
             "name another --workdir, or take it away to begin anew"

@@ -25,7 +25,13 @@ from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import files, hosts, programs, tensorboard
-from flax_resnet.training.checkpoint import Checkpoints, History, Record, set_damaged_aside
+from flax_resnet.training.checkpoint import (
+    Checkpoints,
+    History,
+    Record,
+    put_back_replaced,
+    set_damaged_aside,
+)
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import Data, Feed, open_data, open_feed
@@ -90,9 +96,7 @@ def train(config: Mapping[str, Any] | ConfigDict, workdir: str | Path) -> TrainS
         with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as stack:
             hosts.on_first_host(partial(_claim, run, stack))
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, checked)))
-            state = _train(run, checkpoints)
-            checkpoints.finish()
-            return state
+            return _train(run, checkpoints)
     except OSError as error:
         raise InputError(f"cannot write workdir {workdir}: {error}") from error
 
@@ -173,20 +177,25 @@ def _claim(run: _Run, stack: contextlib.ExitStack) -> None:
     """Makes the folder this run's own, and fit to go on from."""
     stack.enter_context(files.locked(run.workdir))
     files.check_workdir(run.workdir, run.config)  # another run may have begun since
-    files.write_description(run.workdir, run.config, run.data.train, run.data.statistics)
+    files.write_description(
+        run.workdir, run.config, run.data.train, run.data.test, run.data.statistics
+    )
+    put_back_replaced(run.workdir)
     for line in set_damaged_aside(run.workdir):
         warn(line)
 
 
 def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
     """The state after the last step, from the newest checkpoint on; goes back if it may."""
-    rollbacks = 0
+    rollbacks, signals = 0, Signals()
     while True:
+        has_checkpoint = checkpoints.newest is not None
         state, history = _newest(run, checkpoints)
         history.rollbacks = max(history.rollbacks, rollbacks)
-        hosts.on_first_host(partial(files.begin_metrics, run.workdir, history.records))
+        begin = partial(files.begin_metrics, run.workdir, history.records, has_checkpoint)
+        hosts.on_first_host(begin)
         try:
-            return _train_on(run, checkpoints, state, history)
+            return _train_on(run, checkpoints, state, history, signals)
         except FloatingPointError as error:
             checkpoints.finish()
             good = f"the last good checkpoint is {checkpoints.newest}"
@@ -219,7 +228,7 @@ def _newest(run: _Run, checkpoints: Checkpoints) -> tuple[TrainState, History]:
 
 
 def _train_on(
-    run: _Run, checkpoints: Checkpoints, state: TrainState, history: History
+    run: _Run, checkpoints: Checkpoints, state: TrainState, history: History, signals: Signals
 ) -> TrainState:
     """Trains from a state on to the last step."""
     done_epochs, done_steps = len(history.records), int(state.step)
@@ -234,7 +243,7 @@ def _train_on(
     first_host = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         if first_host:
-            stack.callback(files.plot_curves, history.records, run.workdir / "curves.png")
+            stack.callback(_plot_curves, run, history)
         if done_epochs == run.num_epochs:
             return state
 
@@ -254,7 +263,7 @@ def _train_on(
         size = run.config.batch_size
         progress = Progress(run.num_epochs, run.total_steps * size, done_steps * size)
         stack.enter_context(progress)
-        signals = stack.enter_context(Signals())
+        stack.enter_context(signals)
         while len(history.records) < run.num_epochs:
             state, norms = _run_epoch(run, feed, checkpoints, state, history, progress, signals)
             record = history.records[-1]
@@ -264,7 +273,15 @@ def _train_on(
                 _write_histograms(run, writer, state, norms)
             _save(run, checkpoints, state, history)
             say(_summary(record, run.num_epochs, progress.time_left()))
+        checkpoints.finish()
     return unstack_blocks(state)
+
+
+def _plot_curves(run: _Run, history: History) -> None:
+    try:
+        files.plot_curves(history.records, run.workdir / "curves.png")
+    except OSError as error:  # which is not to stand in the way of how the run has ended
+        warn(f"there is no curves.png: {error}")
 
 
 def _write_histograms(

@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 class Signals:
     """While it is open, SIGTERM and the first SIGINT only ask the run to stop.
 
-    A second SIGINT ends the process at once. On several hosts all are asked to stop at the
-    same step when one of them gets a signal: JAX passes the notice of a preemption on.
-    Outside of the main thread Python has no signals, and this does nothing.
+    A second SIGINT ends the process at once. Opened again, it knows what it was asked before. On
+    several hosts all are asked to stop at the same step when one of them gets a signal: JAX
+    passes the notice of a preemption on. Outside of the main thread Python has no signals, and
+    this does nothing.
     """
 
     def __init__(self):

@@ -30,8 +30,10 @@ def open_writer(workdir: Path, records: Sequence[Record]) -> RecordWriter:
     Unlike TensorBoard's EventFileWriter it has no thread, which would end with a traceback
     when the disk is full. All functions here raise OSError then.
     """
-    # TensorBoard reads a run's files in the order of their names.
-    path = workdir / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+    # TensorBoard reads a run's files in the order of their names, and clocks go back.
+    earlier = [re.search(r"tfevents\.(\d+)", path.name) for path in workdir.glob("events.out.*")]
+    now = max([time.time_ns(), *(int(match[1]) + 1 for match in earlier if match)])
+    path = workdir / f"events.out.tfevents.{now}.{socket.gethostname()}"
     writer = RecordWriter(path.open("wb"))
     step = records[-1]["step"] + 1 if records else 0
     _write(writer, _event(0, file_version="brain.Event:2"))

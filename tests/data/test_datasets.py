@@ -342,6 +342,17 @@ def test_no_data_and_no_network_names_three_ways_out(tmp_path, monkeypatch):
         load_dataset("mnist", "train", str(tmp_path))
 
 
+def test_another_process_that_prepares_the_same_and_is_faster(tmp_path, monkeypatch):
+    prepare = datasets._prepare
+
+    def be_late(builder):
+        prepare(datasets.Digits(data_dir=str(tmp_path)))
+        raise InputError("digits cannot be prepared: it is there")
+
+    monkeypatch.setattr(datasets, "_prepare", be_late)
+    assert len(load_dataset("digits", "test", str(tmp_path))) == 360
+
+
 def test_preparing_in_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="digits cannot be prepared in "):

@@ -88,7 +88,9 @@ def program(digits_dir, tmp_path):
     def start(*arguments):
         command = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
         command += [f"--config.data_dir={digits_dir}", f"--workdir={tmp_path}/run", *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
 
     return start
 
@@ -115,6 +117,82 @@ def test_signal_ends_the_program(program, begun, signals, codes):
     assert time.monotonic() - sent < 10
     assert process.returncode in codes
     assert "Traceback" not in rest
+
+
+def test_signal_to_the_group_leaves_the_readers(program):
+    with program("--config.data_feed=stream", "--config.stream_workers=1") as process:
+        for line in process.stderr:
+            if line.startswith("epoch 1/"):
+                break
+        os.killpg(process.pid, signal.SIGTERM)
+        rest = process.stderr.read()
+    assert process.returncode == 143
+    assert "SIGTERM: stopped after step" in rest
+    assert "Traceback" not in rest
+
+
+def test_signal_in_a_step_that_is_not_finite(config, tmp_path, monkeypatch, capsys):
+    check_finite = loop._check_finite
+
+    def signalled(run, metrics, first_step):
+        if first_step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+            metrics = metrics | {"loss": np.full_like(metrics["loss"], np.nan)}
+        check_finite(run, metrics, first_step)
+
+    monkeypatch.setattr(loop, "_check_finite", signalled)
+    with pytest.raises(SystemExit, match="143"):
+        fr.train(changed(config, on_nan="rollback"), tmp_path)
+    assert "SIGTERM: stopped after step 8;" in capsys.readouterr().err
+    assert steps_kept(tmp_path) == [8]
+
+
+@pytest.fixture
+def stopped_in_evaluation(config, tmp_path, monkeypatch):
+    """A run stopped in its second evaluation."""
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(2, config, tmp_path, patch)
+    assert steps_kept(tmp_path) == [8, 16]
+    return tmp_path
+
+
+def stop_in_evaluation(number, config, folder, patch):
+    evaluations, evaluate = 0, feeds._mean
+
+    def signalled(sums, stop):
+        nonlocal evaluations
+        evaluations += 1
+        if evaluations == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(sums, stop)
+
+    patch.setattr(feeds, "_mean", signalled)
+    with pytest.raises(SystemExit):
+        fr.train(config, folder)
+
+
+def test_nothing_new_is_not_written_again(stopped_in_evaluation, config, finished, monkeypatch):
+    folder = stopped_in_evaluation / "checkpoints" / "16"
+    written = folder.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(1, config, stopped_in_evaluation, patch)
+    assert folder.stat().st_mtime_ns == written
+    assert_same_run(fr.train(config, stopped_in_evaluation), stopped_in_evaluation, finished)
+
+
+def test_checkpoint_stays_until_its_replacement_is_written(
+    stopped_in_evaluation, config, finished, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Manager, "save", fail)
+        with pytest.raises(fr.InputError, match="no space left"):
+            fr.train(config, stopped_in_evaluation)
+    state = fr.train(config, stopped_in_evaluation)
+    assert_same_run(state, stopped_in_evaluation, finished)
+    assert not any((stopped_in_evaluation / "replaced").iterdir())
 
 
 # SIGKILL, in the middle of a checkpoint. benchmarks/faults.py kills at any moment.
@@ -235,6 +313,24 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage):
     assert (stopped / "damaged" / str(steps[-1])).is_dir()
 
 
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(stopped, monkeypatch):
+    def fail(_):
+        raise PermissionError("permission denied")
+
+    monkeypatch.setattr(checkpoint, "_digests", fail)
+    with pytest.raises(fr.InputError, match="cannot be read: permission denied"):
+        checkpoint.set_damaged_aside(stopped)
+    assert steps_kept(stopped) == [8, 11]
+
+
+def test_damaged_checkpoints_of_one_step_lie_side_by_side(stopped, stopped_once):
+    for _ in range(2):
+        truncate(largest(stopped / "checkpoints" / "11"))
+        checkpoint.set_damaged_aside(stopped)
+        shutil.copytree(stopped_once / "checkpoints" / "11", stopped / "checkpoints" / "11")
+    assert {path.name for path in (stopped / "damaged").iterdir()} == {"11", "11-2"}
+
+
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(stopped, config, finished, capfd):
     flip_a_bit(largest(stopped / "checkpoints" / "11"))
     assert_same_run(fr.train(config, stopped), stopped, finished)
@@ -295,6 +391,22 @@ def test_checkpoint_of_another_model_is_refused(finished, config, tmp_path, fiel
 
 
 # The folder.
+
+
+def test_checkpoints_of_who_knows_what_run_are_refused(stopped, config):
+    (stopped / "config.json").unlink()
+    with pytest.raises(fr.InputError, match=r"checkpoints without the config\.json of their run"):
+        fr.train(config, stopped)
+    assert steps_kept(stopped) == [8, 11]
+
+
+def test_curves_that_cannot_be_written_end_no_run(stopped, config, finished, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files, "plot_curves", fail)
+    assert_same_run(fr.train(config, stopped), stopped, finished)
+    assert "there is no curves.png: no space left" in capsys.readouterr().err
 
 
 def test_second_run_in_one_folder_is_refused(finished, config, tmp_path):
