@@ -370,7 +370,9 @@ class ResNet(nn.Module):
         self._check(x)
         frozen = partial(has_frozen_statistics, model_path=self.path, patterns=self.frozen)
         batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
-        norm = {"batch": batch_norm, "group": GroupNorm}.get(self.norm, self.norm)
+        norm = self.norm
+        if isinstance(norm, str):
+            norm = {"batch": batch_norm, "group": GroupNorm}[norm]
         bn = partial(norm, train, dtype=self.dtype)
         outputs = {}
 
