@@ -46,7 +46,7 @@ def run_program(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        with quietly(options.quiet), memory_errors("perhaps another program is at work there"):
+        with quietly(options.quiet), memory_errors("perhaps another program uses the device"):
             code = main(options)
         sys.stdout.flush()
     except InputError as error:

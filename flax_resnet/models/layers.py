@@ -145,13 +145,13 @@ class GroupNorm(nn.Module):
     """GroupNorm (Wu and He, arXiv:1803.08494), as torch.nn.GroupNorm.
 
     Its statistics are those of one image, so it is the same in training and evaluation.
-    32 groups, as in the paper, or the most below 32 that divide the channels: up to 32 channels
-    that is one each, which is instance normalisation.
+    32 groups, as in the paper, or the most below that divide the channels: up to 32 channels that
+    is one each, which is instance normalisation.
 
     Attributes:
       train: of no effect; it stands where `BatchNorm` has it.
-      epsilon, zero_init, dtype: as in `BatchNorm`.
       groups: the most that there are.
+      epsilon, zero_init, dtype: as in `BatchNorm`.
     """
 
     train: bool = False

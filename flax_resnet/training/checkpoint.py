@@ -186,7 +186,7 @@ class Checkpoints:
             )
             if replaces:
                 self._manager.wait_until_finished()
-                hosts.on_first_host(partial(shutil.rmtree, aside))
+                hosts.on_first_host(partial(shutil.rmtree, aside.parent))
         except Exception as error:  # of Orbax, TensorStore and the disk
             raise self._cannot_be_written(error) from error
 
@@ -367,10 +367,9 @@ def put_back_replaced(workdir: Path) -> None:
     """Puts a checkpoint back whose replacement has not come to be."""
     for aside in (workdir / _REPLACED).glob("*"):
         place = workdir / "checkpoints" / aside.name
-        if place.exists():
-            shutil.rmtree(aside)
-        else:
+        if not place.exists():
             aside.rename(place)
+    shutil.rmtree(workdir / _REPLACED, ignore_errors=True)
 
 
 def set_damaged_aside(workdir: Path) -> list[str]:

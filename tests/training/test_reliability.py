@@ -192,7 +192,7 @@ def test_checkpoint_stays_until_its_replacement_is_written(
             fr.train(config, stopped_in_evaluation)
     state = fr.train(config, stopped_in_evaluation)
     assert_same_run(state, stopped_in_evaluation, finished)
-    assert not any((stopped_in_evaluation / "replaced").iterdir())
+    assert not (stopped_in_evaluation / "replaced").exists()
 
 
 # SIGKILL, in the middle of a checkpoint. benchmarks/faults.py kills at any moment.
