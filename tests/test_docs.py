@@ -25,7 +25,7 @@ def test_examples_of_research_run(tmp_path, monkeypatch):
 
     page = (Path(__file__).parents[1] / "docs" / "research.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 12
+    assert len(examples) == 13
     names = {}
     for example in examples:
         exec(example, names)
