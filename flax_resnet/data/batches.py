@@ -7,12 +7,14 @@ hosts.
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,8 @@ from flax_resnet.data.datasets import Source
 from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @functools.lru_cache(maxsize=1)  # one epoch is asked for at every of its steps
@@ -139,19 +143,18 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     with contextlib.closing(iter(dataset)) as read:
-        while True:
-            with _signals_blocked():  # the processes begin in here, and inherit it
-                batch = next(read, None)
-            if batch is None:
-                return
+        with _signals_blocked():  # the processes begin in here, and inherit it
+            first = list(itertools.islice(read, 1))
+        for batch in itertools.chain(first, read):
             # Out of the memory that the processes share: JAX lets go of arrays late.
             yield {name: np.array(array) for name, array in batch.items()}
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """SIGINT and SIGTERM, also of a whole process group, are for the program alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """SIGINT and SIGTERM, also to a whole process group, are for the program alone."""
+    resource_tracker.ensure_running()  # which would let them through again as it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -160,6 +163,8 @@ def _signals_blocked() -> Iterator[None]:
 
 def _begin(worker: int, workers: int) -> None:
     hush_libraries(logging.FATAL)  # as train.py does
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -72,13 +72,16 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         import torch
+        from torch.serialization import safe_globals
     except ImportError as error:
-        raise ImportError(f"reading {path} needs PyTorch; .safetensors does not") from error
+        raise ImportError(
+            f"reading {path} needs PyTorch 2.5 or newer; .safetensors does not"
+        ) from error
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of pickles that are not PyTorch's
             # The script's arguments, as timm and torchvision keep them: attributes, no code.
-            torch.serialization.safe_globals([argparse.Namespace]),
+            safe_globals([argparse.Namespace]),
         ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything

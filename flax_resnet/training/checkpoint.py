@@ -6,6 +6,7 @@ of it is written. TensorStore does not notice a flipped bit, so the manifest is 
 before anything is read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -127,6 +128,8 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
+                # Hosts may see a folder that they share at different times.
+                single_host_load_and_broadcast=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             ),
         )
@@ -171,23 +174,26 @@ class Checkpoints:
             self._manager.wait_until_finished()
             place, aside = (self._folder / str(step), self._folder.parent / _REPLACED / str(step))
             replaces = step in self._manager.all_steps()  # the epoch's end, before its evaluation
-            if replaces and not metrics:
-                return
             if replaces:
                 hosts.on_first_host(partial(_move, place, aside))
                 self._manager.reload()
             self._being_written = step
-            self._manager.save(
+            saves = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run)
                 ),
                 metrics=metrics,
             )
+            if not saves:
+                raise RuntimeError(f"Orbax does not take step {step}")
             if replaces:
                 self._manager.wait_until_finished()
-                hosts.on_first_host(partial(shutil.rmtree, aside.parent))
+                hosts.on_first_host(partial(shutil.rmtree, aside.parent, ignore_errors=True))
         except Exception as error:  # of Orbax, TensorStore and the disk
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):  # then at the next start
+                    put_back_replaced(self._folder.parent)
             raise self._cannot_be_written(error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, History]:
@@ -258,7 +264,8 @@ class Checkpoints:
             )
 
     def _cannot_be_written(self, error: Exception) -> InputError:
-        last = f"the last one is {self.newest}" if self.newest else "there is none"
+        steps = steps_in(self._folder.parent)
+        last = f"the last one is {self._folder / str(steps[-1])}" if steps else "there is none"
         return InputError(
             f"a checkpoint cannot be written to {self._folder}: {short_reason(error)}; {last}"
         )
@@ -364,9 +371,11 @@ def read_variables(checkpoint: Path) -> dict[str, Any]:
 
 
 def put_back_replaced(workdir: Path) -> None:
-    """Puts a checkpoint back whose replacement has not come to be."""
+    """Puts a checkpoint back whose replacement has not come to be, or is damaged."""
     for aside in (workdir / _REPLACED).glob("*"):
         place = workdir / "checkpoints" / aside.name
+        if place.exists() and damage_of(place):
+            _move_to_damaged(workdir, place)
         if not place.exists():
             aside.rename(place)
     shutil.rmtree(workdir / _REPLACED, ignore_errors=True)
@@ -390,9 +399,7 @@ def set_damaged_aside(workdir: Path) -> list[str]:
         raise InputError(f"no checkpoint in {folder} can be used: {every}")
     said = []
     for step, found in damage.items():
-        names = itertools.chain([str(step)], (f"{step}-{i}" for i in itertools.count(2)))
-        aside = next(p for name in names if not (p := workdir / "damaged" / name).exists())
-        _move(folder / str(step), aside)
+        aside = _move_to_damaged(workdir, folder / str(step))
         said.append(
             f"checkpoint {step} is damaged ({found}) and now in {aside}; "
             f"the newest sound one is {newest_sound}"
@@ -404,21 +411,30 @@ def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, if anything is.
 
     Raises:
-      InputError: if they cannot be read, which need not last.
+      InputError: if there is no permission to read them.
     """
     try:
         expected = dict(json.loads((checkpoint / _MANIFEST).read_text()))
         actual = dict(_digests(checkpoint))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError) as error:
-        return short_reason(error)
-    except OSError as error:
+    except PermissionError as error:
         raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        return short_reason(error)
     for name in sorted({*expected, *actual}):
         if name not in actual:
             return f"{name} is missing"
         if expected.get(name) != actual[name]:
             return f"{name} is not as it was written"
     return None
+
+
+def _move_to_damaged(workdir: Path, checkpoint: Path) -> Path:
+    """Where it is then."""
+    step = checkpoint.name
+    names = itertools.chain([step], (f"{step}-{i}" for i in itertools.count(2)))
+    aside = next(p for name in names if not (p := workdir / "damaged" / name).exists())
+    _move(checkpoint, aside)
+    return aside
 
 
 def _move(source: Path, target: Path) -> None:

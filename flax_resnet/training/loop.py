@@ -203,6 +203,9 @@ def _train(run: _Run, checkpoints: Checkpoints) -> TrainState:
                 good = "there is no checkpoint before it"
             if run.config.on_nan == "stop" or history.rollbacks == _MAX_ROLLBACKS:
                 raise FloatingPointError(f"{error}; {good}") from error
+            if signals.ask():
+                warn(f"{error}; {good}; {signals.name}: stopped")
+                signals.stop()
             warn(f"{error}; {good}: going back, and on with other batches")
             rollbacks = history.rollbacks + 1
 
@@ -274,6 +277,9 @@ def _train_on(
             _save(run, checkpoints, state, history)
             say(_summary(record, run.num_epochs, progress.time_left()))
         checkpoints.finish()
+        if signals.ask():
+            warn(f"{signals.name}: the run was done")
+            signals.stop()
     return unstack_blocks(state)
 
 

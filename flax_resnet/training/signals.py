@@ -22,7 +22,7 @@ class Signals:
 
     def __init__(self):
         self._received: signal.Signals | None = None
-        self._asked = 0
+        self._asked, self._answer = 0, False
         self._before = {}
 
     def __enter__(self) -> "Signals":
@@ -51,9 +51,11 @@ class Signals:
     def ask(self) -> bool:
         """Whether to stop; every host asks equally often, and all have the same answer."""
         self._asked += 1
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._received is not None
+        if jax.process_count() == 1:
+            return self._received is not None
+        # JAX says yes once.
+        self._answer = self._answer or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._answer
 
     def stop(self) -> NoReturn:
         """Ends the program, or what the library's user makes of these exceptions.

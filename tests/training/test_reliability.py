@@ -119,15 +119,16 @@ def test_signal_ends_the_program(program, begun, signals, codes):
     assert "Traceback" not in rest
 
 
-def test_signal_to_the_group_leaves_the_readers(program):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_the_group_leaves_the_readers(program, number):
     with program("--config.data_feed=stream", "--config.stream_workers=1") as process:
         for line in process.stderr:
             if line.startswith("epoch 1/"):
                 break
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         rest = process.stderr.read()
-    assert process.returncode == 143
-    assert "SIGTERM: stopped after step" in rest
+    assert process.returncode == (143 if number == signal.SIGTERM else 130)
+    assert f"{number.name}: stopped after step" in rest
     assert "Traceback" not in rest
 
 
@@ -143,56 +144,74 @@ def test_signal_in_a_step_that_is_not_finite(config, tmp_path, monkeypatch, caps
     monkeypatch.setattr(loop, "_check_finite", signalled)
     with pytest.raises(SystemExit, match="143"):
         fr.train(changed(config, on_nan="rollback"), tmp_path)
-    assert "SIGTERM: stopped after step 8;" in capsys.readouterr().err
+    assert "checkpoints/8; SIGTERM: stopped" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [8]
+
+
+def test_signal_while_the_last_checkpoint_is_written(config, tmp_path, monkeypatch, finished):
+    finish = checkpoint.Checkpoints.finish
+
+    def signalled(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "finish", signalled)
+    with pytest.raises(SystemExit, match="143"):
+        fr.train(config, tmp_path)
+    monkeypatch.undo()
+    assert_same_run(fr.train(config, tmp_path), tmp_path, finished)
 
 
 @pytest.fixture
 def stopped_in_evaluation(config, tmp_path, monkeypatch):
     """A run stopped in its second evaluation."""
-    with monkeypatch.context() as patch:
-        stop_in_evaluation(2, config, tmp_path, patch)
-    assert steps_kept(tmp_path) == [8, 16]
-    return tmp_path
-
-
-def stop_in_evaluation(number, config, folder, patch):
     evaluations, evaluate = 0, feeds._mean
 
     def signalled(sums, stop):
         nonlocal evaluations
         evaluations += 1
-        if evaluations == number:
+        if evaluations == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(sums, stop)
 
-    patch.setattr(feeds, "_mean", signalled)
-    with pytest.raises(SystemExit):
-        fr.train(config, folder)
-
-
-def test_nothing_new_is_not_written_again(stopped_in_evaluation, config, finished, monkeypatch):
-    folder = stopped_in_evaluation / "checkpoints" / "16"
-    written = folder.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        stop_in_evaluation(1, config, stopped_in_evaluation, patch)
-    assert folder.stat().st_mtime_ns == written
-    assert_same_run(fr.train(config, stopped_in_evaluation), stopped_in_evaluation, finished)
+        patch.setattr(feeds, "_mean", signalled)
+        with pytest.raises(SystemExit):
+            fr.train(config, tmp_path)
+    assert steps_kept(tmp_path) == [8, 16]
+    return tmp_path
 
 
 def test_checkpoint_stays_until_its_replacement_is_written(
     stopped_in_evaluation, config, finished, monkeypatch
 ):
-    def fail(*_, **__):
+    folder = stopped_in_evaluation
+
+    def fail(_):
+        assert (folder / "replaced" / "16").is_dir()
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._Manager, "save", fail)
-        with pytest.raises(fr.InputError, match="no space left"):
-            fr.train(config, stopped_in_evaluation)
-    state = fr.train(config, stopped_in_evaluation)
-    assert_same_run(state, stopped_in_evaluation, finished)
-    assert not (stopped_in_evaluation / "replaced").exists()
+        patch.setattr(checkpoint.Checkpoints, "_write_manifest", fail)
+        with pytest.raises(fr.InputError, match=r"no space left .* the last one is .*/16"):
+            fr.train(config, folder)
+    assert checkpoint.damage_of(folder / "checkpoints" / "16") is None
+    assert_same_run(fr.train(config, folder), folder, finished)
+    assert not (folder / "replaced").exists()
+
+
+@pytest.mark.parametrize("what_is_there", ["nothing", "damaged", "whole"])
+def test_replaced_checkpoint_comes_back_where_it_is_needed(stopped, stopped_once, what_is_there):
+    place, aside = stopped / "checkpoints" / "11", stopped / "replaced" / "11"
+    shutil.copytree(place, aside)
+    if what_is_there == "nothing":
+        shutil.rmtree(place)
+    elif what_is_there == "damaged":
+        truncate(largest(place))
+    checkpoint.put_back_replaced(stopped)
+    assert checkpoint.damage_of(place) is None
+    assert not aside.parent.exists()
+    assert (stopped / "damaged").exists() == (what_is_there == "damaged")
 
 
 # SIGKILL, in the middle of a checkpoint. benchmarks/faults.py kills at any moment.
