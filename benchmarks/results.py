@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/results.md, from the runs in docs/results/.
+"""The tables and figures of docs/results.md, from the runs in docs/results/.
 
     python benchmarks/results.py                       # rebuilds them
     python benchmarks/results.py --add runs/mine quick-0 --data 'CIFAR-10 (JPEG)' \
@@ -20,6 +20,7 @@ from typing import Any
 
 import flax_resnet as fr
 from flax_resnet.lesson.figures import CURVES, draw_curves
+from flax_resnet.training.files import plot_curves
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _FOLDER = _DOCS / "results"
@@ -43,6 +44,7 @@ def main() -> None:
     page.write_text(with_tables(page.read_text(), runs))
     if all(name in runs for name in CURVES):
         draw_curves({n: runs[n]["records"] for n in CURVES}, _DOCS / "lesson" / "curves.png")
+    plot_curves(runs["lab10_resnet50"]["records"], _FOLDER / "lab10_resnet50.png")
 
 
 def add(options: argparse.Namespace) -> None:
