@@ -143,7 +143,8 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
     with contextlib.closing(iter(dataset)) as read:
-        with _signals_blocked():  # the processes begin in here, and inherit it
+        # The processes begin in here, and inherit it.
+        with _signals_blocked() if workers else contextlib.nullcontext():
             first = list(itertools.islice(read, 1))
         for batch in itertools.chain(first, read):
             # Out of the memory that the processes share: JAX lets go of arrays late.
