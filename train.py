@@ -12,9 +12,9 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 """
 
 import argparse
-import ctypes
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -37,17 +37,11 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
-# All allocations from one heap, of which nothing below 16 GB is given back to Linux, and where
-# what is freed joins its neighbours at once.
-KEEP_MEMORY = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-    ":glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-)
-
 
 def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
+    from flax_resnet.memory import reuse_memory
     from flax_resnet.progress import hush_libraries, quietly
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
@@ -122,63 +116,6 @@ def fail(error: object, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def keep_memory() -> None:
-    """Starts this program again with glibc's malloc keeping memory, in huge pages.
-
-    XLA:CPU allocates up to gigabytes anew at every step; that Linux found and cleared them
-    every time took a third of the time (docs/performance.md). glibc reads the settings at
-    the start of a process only; other C libraries ignore them.
-    """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def reuse_memory() -> None:
-    """Has each step on a CPU take over the memory of the one before; call it before a program runs.
-
-    A step then begins when the one before has freed its memory. And what is small and stays is
-    not allocated above that memory, as there is room left below: glibc does not take a freed
-    piece in the middle of the heap for an aligned one of the same size, so that the next step
-    would have a second. The room is in pieces, too small for a data set or for what most steps
-    take, which would fill it.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-        libc.free.argtypes = [ctypes.c_void_p]
-        # They take no memory before they are written to. Every other one stays, or they would
-        # be one, and the end of the heap again.
-        pieces = [libc.malloc(128 << 20) for _ in range(16)]
-        for piece in pieces[::2]:
-            libc.free(piece)
-
-
-def silence_closed_event_loops() -> None:
-    """Keeps TensorStore's threads from writing tracebacks of an event loop that is closed.
-
-    Where an array cannot be read or written, Orbax raises, which is told in a line, and closes
-    its loop before the threads of the other arrays have come back to it.
-    """
-    hooks = sys.excepthook, sys.unraisablehook
-
-    def is_late(error: BaseException | None) -> bool:
-        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-
-    def excepthook(kind, error, traceback):
-        if not is_late(error):
-            hooks[0](kind, error, traceback)
-
-    def unraisablehook(unraisable):
-        if not is_late(unraisable.exc_value):
-            hooks[1](unraisable)
-
-    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
-
-
 def end_by_signal(code: int) -> NoReturn:
     """Ends the program without waiting for what still runs in other threads."""
     sys.stderr.flush()
@@ -188,8 +125,9 @@ def end_by_signal(code: int) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
     try:
-        keep_memory()
-        silence_closed_event_loops()
+        # By its file: its package imports JAX, for nothing where the program starts again.
+        memory = runpy.run_path(str(Path(__file__).parent / "flax_resnet" / "memory.py"))
+        memory["restart_with_memory_kept"]()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
         end_by_signal(128 + signal.SIGINT)

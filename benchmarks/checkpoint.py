@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import flax_resnet as fr
 from flax_resnet.training.checkpoint import Checkpoints, History
 from flax_resnet.training.config import Config
-from flax_resnet.training.optimizer import sgd
+from flax_resnet.training.optimizer import make_optimizer
 from flax_resnet.training.programs import is_finite
 from flax_resnet.training.steps import create_state, train_step
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = Config()
-    model, optimizer = fr.cifar_resnet20(), sgd(config, lambda step: 0.1)
+    model, optimizer = fr.cifar_resnet20(), make_optimizer(config, lambda step: 0.1)
     state = jax.jit(partial(create_state, model, optimizer, image_shape=(32, 32, 3)))(
         jax.random.key(0)
     )

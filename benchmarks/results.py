@@ -20,7 +20,7 @@ from typing import Any
 
 import flax_resnet as fr
 from flax_resnet.lesson.figures import CURVES, draw_curves
-from flax_resnet.training.files import plot_curves
+from flax_resnet.training.writers import plot_curves
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _FOLDER = _DOCS / "results"

@@ -54,11 +54,11 @@ def compile_step(net: str, scan_blocks: bool) -> None:
 
     import flax_resnet as fr
     from flax_resnet.training.config import Config
-    from flax_resnet.training.optimizer import sgd
+    from flax_resnet.training.optimizer import make_optimizer
     from flax_resnet.training.steps import create_state, train_step
 
     model = fr.create_model(net, scan_blocks=scan_blocks)
-    optimizer = sgd(Config(), lambda step: 0.1)
+    optimizer = make_optimizer(Config(), lambda step: 0.1)
     create = partial(create_state, model, optimizer, image_shape=(32, 32, 3))
     state = jax.eval_shape(create, jax.random.key(0))
     if scan_blocks:

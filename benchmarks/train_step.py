@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for train and tests.models.torch_resnet
 
-from train import KEEP_MEMORY, reuse_memory
+from flax_resnet.memory import KEEP_MEMORY, reuse_memory
 
 NETS = ("cifar_resnet20", "lab10_resnet50", "cifar_resnet18")
 VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
@@ -41,14 +41,14 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
 
     import flax_resnet as fr
     from flax_resnet.training.config import Config
-    from flax_resnet.training.optimizer import sgd
+    from flax_resnet.training.optimizer import make_optimizer
     from flax_resnet.training.steps import create_state, train_step
 
     if os.environ.get("GLIBC_TUNABLES") == KEEP_MEMORY:
         reuse_memory()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = fr.create_model(net, num_classes=10, dtype=dtype)
-    optimizer = sgd(Config(nesterov=False), lambda step: 0.1)
+    optimizer = make_optimizer(Config(nesterov=False), lambda step: 0.1)
     state = jax.jit(partial(create_state, model, optimizer, image_shape=(32, 32, 3)))(
         jax.random.key(0)
     )

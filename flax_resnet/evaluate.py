@@ -25,10 +25,19 @@ import numpy as np
 from scipy.special import log_softmax, softmax
 
 from flax_resnet.cli import Parser, run_program
-from flax_resnet.data import Dataset, EvalBatches, Source, stream
+from flax_resnet.data import (
+    Dataset,
+    EvalBatches,
+    Examples,
+    ExampleSource,
+    Source,
+    checked,
+    stream,
+)
 from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
+from flax_resnet.training.data import Split
 
 # A split that takes more bytes is streamed, where its files allow that.
 _LARGE = 2**30
@@ -74,30 +83,43 @@ class Evaluation:
         return float(np.mean((classes == self.labels[:, None]).any(-1)))
 
 
-def open_test_set(run: Run, data_dir: str | None = None) -> Dataset | Source:
+def open_test_set(
+    run: Run, data_dir: str | None = None, own: Dataset | Examples | None = None
+) -> Split:
     """The run's test split: in memory, or on disk if it is large.
 
     Args:
       run: says which.
       data_dir: folder of TFDS, if it is not where the run found it.
+      own: the split itself, of a run whose script brought its data.
 
     Raises:
       InputError: if it cannot be read, or is not what the run was trained for.
     """
     config = run.config
-    source = Source(config.dataset, config.eval_split, data_dir or config.data_dir)
-    data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
+    if isinstance(own, Dataset):
+        name, data = "the data", checked(own)
+    else:
+        if own is not None:
+            name, source = "the data", ExampleSource(own)
+        elif "data" in run.brought:
+            raise InputError(
+                f"the run in {run.workdir} has data of its own, {run.brought['data']}: "
+                "in Python its test split can be given"
+            )
+        else:
+            name = config.dataset
+            source = Source(name, config.eval_split, data_dir or config.data_dir)
+        data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
     trained_for = f"than the run in {run.workdir} was trained for"
     if data.class_names != run.class_names:
-        raise InputError(f"{config.dataset} has other classes {trained_for}")
+        raise InputError(f"{name} has other classes {trained_for}")
     if data.image_shape != run.image_shape:
-        raise InputError(
-            f"{config.dataset} has images of another shape, {data.image_shape}, {trained_for}"
-        )
+        raise InputError(f"{name} has images of another shape, {data.image_shape}, {trained_for}")
     return data
 
 
-def evaluate(run: Run, data: Dataset | Source, *, flip: bool = False) -> Evaluation:
+def evaluate(run: Run, data: Split, *, flip: bool = False) -> Evaluation:
     """Classifies every example of a split once.
 
     Args:
@@ -118,9 +140,7 @@ def evaluate(run: Run, data: Dataset | Source, *, flip: bool = False) -> Evaluat
     return Evaluation(logits, labels)
 
 
-def _batches(
-    data: Dataset | Source, size: int, workers: int
-) -> Generator[tuple[np.ndarray, np.ndarray]]:
+def _batches(data: Split, size: int, workers: int) -> Generator[tuple[np.ndarray, np.ndarray]]:
     if isinstance(data, Dataset):
         for start in range(0, len(data), size):
             yield data.images[start:][:size], data.labels[start:][:size]

@@ -95,12 +95,6 @@ class Progress:
             disable=not shows_bars(),
         )
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
     def step(self, epoch: int, images: int, losses: np.ndarray, accuracies: np.ndarray) -> None:
         """Counts the images of a few steps, and shows the means over the epoch so far."""
         self._done += images
@@ -120,12 +114,9 @@ class Progress:
             )
             self._spoke = time.monotonic()
 
-    @contextlib.contextmanager
-    def evaluating(self, epoch: int) -> Iterator[None]:
-        """Shows that the epoch's training is done and its evaluation at work."""
-        self._bar.set_description(f"epoch {epoch}/{self._num_epochs}, evaluating")
-        yield
-        self._bar.set_description(f"epoch {epoch}/{self._num_epochs}")
+    def describe(self, what: str) -> None:
+        """Shows what is at work now."""
+        self._bar.set_description(what)
 
     def time_left(self) -> str:
         """What the rest of the run takes at the speed of this start so far, like 01:23."""
@@ -135,3 +126,7 @@ class Progress:
 
     def _rate(self) -> float:
         return (self._done - self._first) / (time.monotonic() - self._started)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.close()

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jinja2
 import matplotlib
@@ -35,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_resnet.cli import Parser, run_program
-from flax_resnet.data import Dataset, Source
+from flax_resnet.data import Dataset, Examples
 from flax_resnet.errors import InputError, one_line
 from flax_resnet.evaluate import (
     Evaluation,
@@ -46,8 +47,11 @@ from flax_resnet.evaluate import (
     summarize,
 )
 from flax_resnet.progress import say, warn
-from flax_resnet.runs import Run, load_run
+from flax_resnet.runs import Run, load_run, open_run
 from flax_resnet.training import check_config, files, hosts
+from flax_resnet.training.data import Split
+from flax_resnet.training.history import best_of
+from flax_resnet.training.own import without_replaced
 
 _BINS = 15
 _MISTAKES = 12
@@ -94,15 +98,19 @@ def write_report(
     output: str | Path | None = None,
     *,
     data_dir: str | None = None,
+    model: nn.Module | None = None,
+    data: Dataset | Examples | None = None,
 ) -> Path:
     """Writes the report of one run or several, and evaluates each once for it.
 
-    Where the test split of a run cannot be read, its part says so and lacks what needs it.
+    Where the test split of a run cannot be read, or its model is its script's own and not given
+    here, its part says so and lacks what needs it.
 
     Args:
       workdirs: folders of the runs.
       output: the file; report.html in the first of the folders by default.
       data_dir: folder of TFDS, if it is not where the runs found it.
+      model, data: model and test split of the runs whose script brought their own.
 
     Returns:
       The file.
@@ -111,7 +119,11 @@ def write_report(
       InputError: if a folder is not a run's or has no checkpoint that can be read, or if the
         file cannot be written.
     """
-    runs = [load_run(workdir, "newest") for workdir in workdirs]
+    runs = [open_run(workdir, "newest") for workdir in workdirs]
+    if model is not None:
+        runs = [
+            load_run(r.workdir, "newest", model=model) if "model" in r.brought else r for r in runs
+        ]
     path = Path(workdirs[0]) / "report.html" if output is None else Path(output)
     if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a device
         raise InputError(f"{path} is not a file: name one by --output")
@@ -134,7 +146,7 @@ def write_report(
             bins=_BINS,
             charts=_curves(runs),
             runs=[
-                {"name": name, "color": i % len(_COLORS)} | _describe(run, data_dir)
+                {"name": name, "color": i % len(_COLORS)} | _describe(run, data_dir, data)
                 for i, (name, run) in enumerate(zip(names, runs, strict=True))
             ],
         )
@@ -163,11 +175,13 @@ def report_after_training(workdir: str | Path) -> None:
 # What the page shows of a run.
 
 
-def _describe(run: Run, data_dir: str | None) -> dict[str, Any]:
+def _describe(
+    run: Run, data_dir: str | None, own_data: Dataset | Examples | None
+) -> dict[str, Any]:
     defaults = check_config({})
-    config = [
+    config = [(name, f"{value}, of its own", True) for name, value in run.brought.items()] + [
         (key, str(value), value != getattr(defaults, key))
-        for key, value in vars(run.config).items()
+        for key, value in without_replaced(vars(run.config), run.brought).items()
     ]
     described: dict[str, Any] = {
         "config": config,
@@ -176,7 +190,9 @@ def _describe(run: Run, data_dir: str | None) -> dict[str, Any]:
         "filters": _filters(run),
     }
     try:
-        data = open_test_set(run, data_dir)
+        if run.model is None:
+            raise InputError(f"its model, {run.brought['model']}, is its script's own")
+        data = open_test_set(run, data_dir, own_data if "data" in run.brought else None)
         evaluation = evaluate(run, data)
     except InputError as error:
         return described | {"problem": str(error), "facts": _facts(run)}
@@ -217,19 +233,19 @@ def _facts(
         "checkpoint": f"the newest, step {run.step:,}",
         "epochs done": f"{len(records)} of {config.num_epochs}",
         "best epoch": "-",
-        "model": config.model,
+        "model": run.brought.get("model", config.model),
         "parameters": f"{parameters:,}",
-        "evaluated in": np.dtype(run.model.dtype).name,
-        "data": config.dataset,
-        "splits": f"{config.train_split}, {config.eval_split}",
+        "evaluated in": np.dtype(getattr(run.model, "dtype", None) or np.float32).name,
+        "data": run.brought.get("data", config.dataset),
+        "splits": "-" if "data" in run.brought else f"{config.train_split}, {config.eval_split}",
         "speed": "-",
         "time": "-",
     }
     if config.num_steps:
         facts["epochs done"] = f"{len(records)}, for {config.num_steps:,} steps in all"
     if records:
-        best = max(records, key=lambda record: record["test_accuracy"])
-        facts["best epoch"] = f"{best['epoch']}, with {percent(best['test_accuracy'])}"
+        if best := best_of(records):
+            facts["best epoch"] = f"{best['epoch']}, with {percent(best['test_accuracy'])}"
         speed = np.median([record["images_per_second"] for record in records])
         facts["speed"] = f"{speed:,.0f} training images/s"
         facts["time"] = tqdm.format_interval(sum(record["seconds"] for record in records))
@@ -295,7 +311,7 @@ def _confusion(run: Run, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _mistakes(
-    run: Run, data: Dataset | Source, evaluation: Evaluation, probabilities: np.ndarray
+    run: Run, data: Split, evaluation: Evaluation, probabilities: np.ndarray
 ) -> list[dict[str, Any]]:
     (wrong,) = np.nonzero(~evaluation.correct)
     confidence = probabilities[wrong].max(-1)
@@ -359,10 +375,11 @@ def _curves(runs: Sequence[Run]) -> dict[str, Markup]:
     def of(name: str, change: Callable[[float], float] = float) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for i, run in enumerate(runs):
-                epochs = [record["epoch"] for record in run.records]
                 for key, style in ((f"test_{name}", "-"), (f"train_{name}", "--"), (name, "-")):
-                    if run.records and key in run.records[0]:
-                        values = [change(record[key]) for record in run.records]
+                    shown = [record for record in run.records if record.get(key) is not None]
+                    if shown:
+                        epochs = [record["epoch"] for record in shown]
+                        values = [change(record[key]) for record in shown]
                         marker = "." if len(values) < 40 else ""
                         color = _RUN_INKS[i % len(_RUN_INKS)]
                         axes.plot(epochs, values, style, marker=marker, color=color, linewidth=1.4)

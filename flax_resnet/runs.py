@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,22 @@ import numpy as np
 
 from flax_resnet.data import normalize
 from flax_resnet.errors import InputError
-from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.training import files, programs
-from flax_resnet.training.checkpoint import (
-    Record,
+from flax_resnet.training import files
+from flax_resnet.training.checkpoint_files import (
     accuracy_at,
     choose_checkpoint,
     read_history,
     read_variables,
 )
 from flax_resnet.training.config import Config, check_config
+from flax_resnet.training.history import Record
+from flax_resnet.training.mesh import find_devices, make_mesh
+from flax_resnet.training.plan import build_model
 
-# What a line of metrics.jsonl has at least.
-_METRICS = (
-    "epoch",
-    "step",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "learning_rate",
-    "images_per_second",
-    "seconds",
-)
+# What a line of metrics.jsonl has at least; the second ones may be null.
+_METRICS = ("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds")
+_OPTIONAL_METRICS = ("test_loss", "test_accuracy", "learning_rate")
 _ATTEMPTS = 3
 _SECONDS_TO_DELETE = 1.0
 
@@ -50,13 +42,14 @@ class Run:
 
     Attributes:
       workdir: folder of the run.
-      config: of the run.
+      config: of the run; keys that `brought` takes the place of have their defaults.
+      brought: by name, what its script brought to `train`: model, data, ...
       class_names: one name a class.
       image_shape: (H, W, C) of the images that it trains on.
       mean, std: of each channel of its training images, in units of full white.
-      model: for this process's first device.
+      model: for this process's first device. None in a report, where its script brought it.
       variables: {"params", "batch_stats"} of the checkpoint, or {"params"} without BatchNorm,
-        float32, on that device.
+        float32, on that device; their moving average, where the run keeps one.
       step: training steps done at the checkpoint.
       test_accuracy: at the checkpoint; None if it was written inside an epoch.
       records: lines of metrics.jsonl, also of epochs after the checkpoint.
@@ -66,11 +59,12 @@ class Run:
 
     workdir: Path
     config: Config
+    brought: dict[str, str]
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    model: Model
+    model: Any
     variables: dict[str, Any]
     step: int
     test_accuracy: float | None
@@ -79,7 +73,9 @@ class Run:
     hardware: dict[str, str]
 
 
-def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
+def load_run(
+    workdir: str | Path, checkpoint: str | int = "best", *, model: nn.Module | None = None
+) -> Run:
     """Opens a run's folder, also while the run is at work in it.
 
     It takes no lock, writes nothing, and compares the checkpoint's files with their
@@ -89,28 +85,46 @@ def load_run(workdir: str | Path, checkpoint: str | int = "best") -> Run:
       workdir: folder of the run.
       checkpoint: "best", the one with the highest test accuracy of those that are kept (the
         earliest of several); "newest"; or the step of one.
+      model: of a run whose script brought its own; else the config tells.
 
     Raises:
       InputError: if it is not the folder of a run, or has no such checkpoint, or one that
-        is damaged or does not fit the config.
+        is damaged or does not fit the config or the model.
     """
+    run = open_run(workdir, checkpoint, model)
+    if run.model is None:
+        raise InputError(
+            f"the run in {workdir} has a model of its own, {run.brought['model']}: in Python "
+            "fr.load_run(workdir, model=...) opens it"
+        )
+    return run
+
+
+def open_run(workdir: str | Path, checkpoint: str | int, model: nn.Module | None = None) -> Run:
+    """As `load_run`, but a run whose model is its own is opened without that too."""
     workdir = Path(workdir)
     path = workdir / "config.json"
     if not os.path.isfile(path):  # False too where one may not look
         raise InputError(f"{workdir} is not the folder of a run: it has no config.json")
+    stored = files.read_json(path)
+    brought = _words(stored.pop(files.BROUGHT, {}))
     try:
-        config = check_config(files.read_json(path))
+        config = check_config(stored)
     except InputError as error:
         raise InputError(f"{path} cannot be used: {error}") from error
     description = _description(workdir / "dataset.json")
-    mesh = programs.make_mesh(1, devices=programs.find_devices(local=True)[:1])
-    model = programs.build_model(config, len(description["class_names"]), mesh)
+    mesh = make_mesh(1, devices=find_devices(local=True)[:1])
+    if "model" not in brought:
+        if model is not None:
+            raise InputError(f"the run in {workdir} has its model by name, {config.model}")
+        model = build_model(config, len(description["class_names"]), mesh)
     folder, variables, written = _read_patiently(
         workdir, checkpoint, model, description["image_shape"]
     )
     return Run(
         workdir=workdir,
         config=config,
+        brought=brought,
         model=model,
         variables=variables,
         step=int(folder.name),
@@ -185,7 +199,7 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def _read_patiently(
-    workdir: Path, checkpoint: str | int, model: nn.Module, image_shape: tuple[int, ...]
+    workdir: Path, checkpoint: str | int, model: nn.Module | None, image_shape: tuple[int, ...]
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The checkpoint that is asked for, its variables, and what stands beside them."""
     attempts = 0
@@ -200,8 +214,8 @@ def _read_patiently(
             time.sleep(_SECONDS_TO_DELETE)
             if chosen.exists() or attempts == _ATTEMPTS:
                 raise
-    if _shapes(variables) != _shapes(variable_shapes(model, image_shape)):
-        raise InputError(f"checkpoint {chosen} is of another model than config.json tells")
+    if model is not None and _shapes(variables) != _shapes(variable_shapes(model, image_shape)):
+        raise InputError(f"checkpoint {chosen} is of another model")
     return chosen, jax.device_put(variables, jax.local_devices()[0]), history
 
 
@@ -222,15 +236,17 @@ def _read_records(path: Path) -> Iterator[Record]:
             return
         try:
             record = json.loads(line)
-            yield record | {name: _number(record[name]) for name in _METRICS}
+            _check_numbers([record[name] for name in _METRICS])
+            _check_numbers([v for name in _OPTIONAL_METRICS if (v := record[name]) is not None])
+            yield record
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged in line {number}: {error!r}") from error
 
 
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a number")
-    return value
+def _check_numbers(values: Sequence[Any]) -> None:
+    for value in values:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{value!r} is not a number")
 
 
 def _words(content: Any) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The bar of a terminal, and the plain lines elsewhere."""
 
+import contextlib
 import io
 import logging
 import sys
@@ -18,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 def run(images=10):
-    with progress.Progress(3, 300, 100) as shown:
+    with contextlib.closing(progress.Progress(3, 300, 100)) as shown:
         for _ in range(images):
             shown.step(2, 10, np.array([0.4, 0.6]), np.array([0.5, 0.0]))
         say("a line")
@@ -48,7 +49,7 @@ def test_plain_lines_come_once_a_minute(monkeypatch, capsys):
 def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.Progress(3, 300, 100) as shown:
+    with contextlib.closing(progress.Progress(3, 300, 100)) as shown:
         assert shown.time_left() == "?"
         now = 20.0
         shown.step(2, 50, np.array([0.5]), np.array([0.25]))

@@ -14,7 +14,7 @@ import flax_resnet as fr
 from flax_resnet import runs
 from flax_resnet.data import normalize
 from flax_resnet.training import check_config, checkpoint
-from flax_resnet.training.checkpoint import choose_checkpoint
+from flax_resnet.training.checkpoint_files import choose_checkpoint
 
 
 def contents(folder):

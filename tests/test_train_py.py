@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import train
+from flax_resnet import memory
 from flax_resnet.training.compilation import keep_compiled_programs
 
 ROOT = Path(__file__).parents[1]
@@ -185,16 +185,16 @@ def test_memory_is_kept_unless_set_otherwise(tmp_path, digits_dir):
         "ValueError: glibc.malloc.perturb=0" in run(GLIBC_TUNABLES="glibc.malloc.perturb=0").stderr
     )
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert f"GLIBC_TUNABLES={train.KEEP_MEMORY}\n" in page
+    assert f"GLIBC_TUNABLES={memory.KEEP_MEMORY}\n" in page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_a_step_takes_over_the_memory_of_the_one_before():
     script = """
 import ctypes
-import train
+from flax_resnet import memory
 
-train.reuse_memory()
+memory.reuse_memory()
 libc = ctypes.CDLL(None)
 libc.aligned_alloc.argtypes, libc.aligned_alloc.restype = 2 * [ctypes.c_size_t], ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -205,7 +205,7 @@ for _ in range(100):
 libc.free(piece)
 assert libc.aligned_alloc(64, 1 << 30) == piece
 """
-    settings = os.environ | {"GLIBC_TUNABLES": train.KEEP_MEMORY}
+    settings = os.environ | {"GLIBC_TUNABLES": memory.KEEP_MEMORY}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=settings, check=True)
 
 

@@ -3,16 +3,22 @@
 from flax_resnet.data.augment import augment, normalize
 from flax_resnet.data.batches import EvalBatches, TrainBatches, epoch_order, stream
 from flax_resnet.data.datasets import Dataset, Source, channel_statistics, load_dataset
+from flax_resnet.data.examples import Examples, ExampleSource, checked
+from flax_resnet.data.mixing import mix
 
 __all__ = [
     "Dataset",
     "EvalBatches",
+    "ExampleSource",
+    "Examples",
     "Source",
     "TrainBatches",
     "augment",
     "channel_statistics",
+    "checked",
     "epoch_order",
     "load_dataset",
+    "mix",
     "normalize",
     "stream",
 ]

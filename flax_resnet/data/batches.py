@@ -15,12 +15,11 @@ import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from absl import flags, logging
 
-from flax_resnet.data.datasets import Source
 from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
@@ -47,6 +46,14 @@ def epoch_order(seed: int, epoch: int, num_examples: int, rollbacks: int = 0) ->
     return order
 
 
+class Readable(Protocol):
+    """A split as `Source`, `Dataset` and `ExampleSource` are: what gives examples by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 @dataclass
 class TrainBatches:
     """The batches of a run, by the number of the step that they are for.
@@ -63,7 +70,7 @@ class TrainBatches:
       rollbacks: see `epoch_order`.
     """
 
-    source: Source
+    source: Readable
     seed: int
     batch_size: int
     share: slice
@@ -97,7 +104,7 @@ class EvalBatches:
       times: how often the split is read.
     """
 
-    source: Source
+    source: Readable
     batch_size: int
     share: slice
     times: int = 1

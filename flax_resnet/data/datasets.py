@@ -61,6 +61,11 @@ class Dataset:
         """(H, W, C)."""
         return self.images.shape[1:]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of images and labels."""
+        return self.images.nbytes + self.labels.nbytes
+
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of some examples, as `Source.read`."""
         return self.images[index], self.labels[index]

@@ -44,6 +44,12 @@ class Config:
     horizontal_flip: bool = True
     # Pixels a side of a square hidden at a random place of every training image; 0 for none.
     cutout: int = 0
+    # Images mixed with their neighbours in the batch, the targets alike; 0 for none, else the
+    # parameter alpha of the Beta distribution of their shares. mixup (Zhang et al.,
+    # arXiv:1710.09412) takes means of two images, cutmix (Yun et al., arXiv:1905.04899) puts a
+    # rectangle of one into the other; with both, each image gets one of the two.
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that differ from its own.
     model: str = "cifar_resnet18"
@@ -73,6 +79,8 @@ class Config:
     # Length of the run; num_steps, where it is set, is the length instead.
     num_epochs: int = 200
     num_steps: int | None = None
+    # The test split is evaluated after every so many epochs, and after the last.
+    eval_every: int = 1
 
     # The learning rate, `learning_rate` at its peak: a linear warm-up over
     # `warmup_epochs`, then "constant"; "step", times `decay_factor` at each of the
@@ -84,18 +92,34 @@ class Config:
     decay_at: tuple[float, ...] = (0.5, 0.75)
     decay_factor: float = 0.1
 
-    # SGD, as torch.optim.SGD means it.
+    # "sgd" as torch.optim.SGD means it, "adamw" as torch.optim.AdamW; "lars" (You et al.,
+    # arXiv:1708.03888) and "lamb" (You et al., arXiv:1904.00962) for large batches.
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    # Of sgd and lars.
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
     # Whether weight decay also acts on BatchNorm's scale and bias and on fc's bias.
     decay_bn_and_bias: bool = True
+    # The longest that the gradient of all parameters together may be, as
+    # torch.nn.utils.clip_grad_norm_ means it; None for no limit.
+    clip_norm: float | None = None
     label_smoothing: float = 0.0
+    # Decay of an exponential moving average of the weights and of BatchNorm's statistics, such
+    # as 0.999; 0 for none. It is what is evaluated, and what `fr.load_run` gives. After t steps
+    # the decay is (1 + t) / (10 + t) where that is less, as in
+    # tf.train.ExponentialMovingAverage: the first weights are soon forgotten.
+    ema_decay: float = 0.0
 
     # Checkpoints are written after every epoch, and inside one when the last is so many
     # minutes old. The newest `keep_checkpoints` and the best are kept.
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
+    # A line of steps.jsonl, and a point in TensorBoard, every so many steps.
+    log_every: int = 50
+    # (first, stop): JAX's profiler traces the steps from `first` to before `stop`, counted from
+    # 0, for the Profile tab of TensorBoard; () for none.
+    profile_steps: tuple[int, ...] = ()
     # When the loss or its gradient is not finite: "stop", or "rollback", which goes back to
     # the newest checkpoint and on with other batches.
     on_nan: Literal["stop", "rollback"] = "stop"
@@ -118,11 +142,14 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),
+    "mixup": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "cutmix": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
     "accumulation_steps": (lambda v: v >= 1, "at least 1"),
     "eval_batch_size": (lambda v: v >= 1, "at least 1"),
     "num_epochs": (lambda v: v >= 1, "at least 1"),
     "num_steps": (lambda v: v is None or v >= 1, "at least 1"),
+    "eval_every": (lambda v: v >= 1, "at least 1"),
     "learning_rate": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "warmup_epochs": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "decay_at": (
@@ -132,9 +159,16 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "decay_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "momentum": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "weight_decay": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
+    "clip_norm": (lambda v: v is None or 0 < v < math.inf, "above 0 and finite"),
     "label_smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    "ema_decay": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
     "checkpoint_minutes": (lambda v: 0 < v < math.inf, "above 0 and finite"),
     "keep_checkpoints": (lambda v: v >= 1, "at least 1"),
+    "log_every": (lambda v: v >= 1, "at least 1"),
+    "profile_steps": (
+        lambda v: not v or (len(v) == 2 and 0 <= v[0] < v[1]),
+        "(first, stop), with 0 <= first < stop, or ()",
+    ),
 }
 
 
@@ -195,7 +229,7 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     run = Config(**checked)
     if run.schedule == "onecycle" and not run.warmup_epochs:
         problems.append("schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle")
-    if run.nesterov and not run.momentum:
+    if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
         problems.append("nesterov needs momentum above 0")
     problems += _model_problems(run)
     if problems:

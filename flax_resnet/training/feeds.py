@@ -9,264 +9,220 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from flax_resnet.data import (
-    Dataset,
-    EvalBatches,
-    Source,
-    TrainBatches,
-    channel_statistics,
-    epoch_order,
-    stream,
-)
-from flax_resnet.errors import InputError
+from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order, stream
 from flax_resnet.training import programs
-from flax_resnet.training.config import Config
-from flax_resnet.training.hardware import host_memory
-from flax_resnet.training.programs import EvalStep, Statistics, Step
-from flax_resnet.training.steps import Batch, Metrics, TrainState
+from flax_resnet.training.data import Split
+from flax_resnet.training.mesh import (
+    by_example,
+    platform,
+    put_everywhere,
+    put_share,
+    replicated,
+    share_of_host,
+)
+from flax_resnet.training.plan import Plan
+from flax_resnet.training.steps import Metrics, TrainState
 
 # Enough that the time between two calls does not count, few enough to stop within seconds.
 _STEPS_A_CALL = 16
-# The rest of the memory is for activations, gradients and the optimizer.
-_SHARE_OF_MEMORY = 0.25
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(Protocol):
     """Compiled training and evaluation on the examples of a run.
 
     Attributes:
-      advance: (state, step, count) -> (state, metrics), for the steps from `step` on;
-        count is 1, or `steps_a_call` if the epoch has so many left. Metrics are those of
-        `train_step`, with one more axis, the first, of that length, if count is above 1.
-      steps_a_call: see `advance`.
-      evaluate: (state, stop) -> mean "loss" and "accuracy" over the test split, or None as
-        soon as stop(), asked before every batch, says so.
+      steps_a_call: how many steps `advance` can take at once.
     """
 
-    advance: Callable[[TrainState, int, int], tuple[TrainState, Metrics]]
     steps_a_call: int
-    evaluate: Callable[[TrainState, Callable[[], bool]], dict[str, float] | None]
+
+    def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
+        """The state after steps `step` to `step + count - 1`, and their metrics.
+
+        Args:
+          state: after step - 1; its arrays are used up.
+          step: counted from 0.
+          count: 1, or `steps_a_call` if the epoch has so many left.
+
+        Returns:
+          State and metrics as those of `train_step`, with one more axis, the first, of that
+          length, if count is above 1.
+        """
+        ...
+
+    def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Mean "loss" and "accuracy" over the test split.
+
+        None as soon as stop(), asked before every batch, says so.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """The two splits of a run, of one kind both.
-
-    Attributes:
-      train, test: in memory, or on disk.
-      statistics: mean and std of the training images' channels.
-    """
-
-    train: Dataset | Source
-    test: Dataset | Source
-    statistics: Statistics
-
-
-def open_data(config: Config, mesh: Mesh) -> Data:
-    """Loads the splits of a run, or only opens them where they do not fit.
-
-    Raises:
-      InputError: if they cannot be read, or are to be streamed and cannot.
-    """
-    train, test = (
-        Source(config.dataset, split, config.data_dir)
-        for split in (config.train_split, config.eval_split)
-    )
-    resident = config.data_feed == "resident"
-    if config.data_feed == "auto":
-        resident = (
-            not train.can_be_streamed
-            or train.nbytes + test.nbytes <= _SHARE_OF_MEMORY * _memory(mesh)
-        )
-    if resident:
-        train, test = train.load(), test.load()
-        chunks = np.array_split(train.images, max(1, len(train) // 1024))
-        return Data(train, test, channel_statistics(chunks))
-    if not train.can_be_streamed:
-        raise InputError(
-            f"{config.dataset} cannot be streamed from TFRecord files: prepare it with "
-            "file_format='array_record', or set --config.data_feed=resident"
-        )
-    batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
-    with contextlib.closing(stream(batches, config.stream_workers)) as read:
-        return Data(train, test, channel_statistics(b["image"][b["mask"]] for b in read))
-
-
-def _takes_many_steps(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform != "cpu"
-
-
-def _memory(mesh: Mesh) -> int:
-    """Bytes of a device's memory, or of the host's where that is what the device has."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit", host_memory())
-
-
-def open_feed(
-    config: Config,
-    mesh: Mesh,
-    data: Data,
-    step: Step,
-    eval_step: EvalStep,
-    state: TrainState,
-    steps: range,
-    rollbacks: int = 0,
-) -> contextlib.AbstractContextManager[Feed]:
+def open_feed(plan: Plan, state: TrainState, rollbacks: int) -> Feed:
     """Compiles the programs of a run and opens its data for the steps still to be done.
 
     Args:
-      config, mesh, data: of the run.
-      step, eval_step: as `programs` makes them.
-      state: of which the shapes count.
-      steps: those to be done.
+      plan: of the run.
+      state: to go on from.
       rollbacks: see `epoch_order`.
     """
-    train, test = data.train, data.test
-    if isinstance(train, Dataset) and isinstance(test, Dataset):
-        return _resident(config, mesh, train, test, step, eval_step, state, rollbacks)
-    assert isinstance(train, Source)
-    assert isinstance(test, Source)
-    return _streamed(config, mesh, train, test, step, eval_step, state, steps, rollbacks)
+    kind = _Resident if plan.data.is_resident else _Streamed
+    return kind(plan, state, rollbacks)
 
 
-@contextlib.contextmanager
-def _resident(
-    config: Config,
-    mesh: Mesh,
-    train_set: Dataset,
-    test_set: Dataset,
-    step: Step,
-    eval_step: EvalStep,
-    state: TrainState,
-    rollbacks: int,
-) -> Iterator[Feed]:
-    everywhere, divided = programs.replicated(mesh), programs.by_example(mesh)
-    train, test = (
-        {
-            "image": _put_everywhere(split.images.reshape(len(split), -1), mesh),
-            "label": _put_everywhere(split.labels, mesh),
-        }
-        for split in (train_set, test_set)
-    )
-    steps_per_epoch = len(train_set) // config.batch_size
-    eval_batch_size = _eval_batch_size(config, len(test_set), mesh)
-    zero = np.int32(0)
+class _Resident:
+    """Of splits that lie on every device."""
 
-    @functools.lru_cache(maxsize=1)
-    def order(epoch: int) -> jax.Array:
-        return _put_everywhere(epoch_order(config.seed, epoch, len(train_set), rollbacks), mesh)
+    steps_a_call = 1
 
-    pick = programs.make_pick(mesh, config.batch_size, train_set.image_shape)
-    pick_one = jax.jit(pick, out_shardings=divided).lower(train, order(0), zero).compile()
-    pick_eval = programs.make_pick_eval(mesh, eval_batch_size, test_set.image_shape)
-    pick_eval = jax.jit(pick_eval, out_shardings=divided).lower(test, zero).compile()
-    one_step, eval_step = _compile(
-        mesh, step, eval_step, state, pick_one(train, order(0), zero), pick_eval(test, zero)
-    )
-
-    def single(state: TrainState, order: jax.Array, position: int):
-        return one_step(state, pick_one(train, order, np.int32(position)))
-
-    calls = {1: single}
-    if _takes_many_steps(mesh) and steps_per_epoch >= _STEPS_A_CALL:
-        program = programs.make_train_steps(
-            step, pick, steps_per_epoch=steps_per_epoch, steps=_STEPS_A_CALL
+    def __init__(self, plan: Plan, state: TrainState, rollbacks: int):
+        self._plan, self._rollbacks = plan, rollbacks
+        self._order = functools.lru_cache(maxsize=1)(self._put_order)
+        mesh, size = plan.mesh, plan.config.batch_size
+        train_set, test_set = plan.data.train, plan.data.test
+        self._train, self._test = self._put(train_set), self._put(test_set)
+        self._eval_batch_size = _eval_batch_size(plan)
+        divided, zero = by_example(mesh), np.int32(0)
+        pick = programs.make_pick(mesh, size, train_set.image_shape)
+        self._pick = (
+            jax.jit(pick, out_shardings=divided).lower(self._train, self._order(0), zero).compile()
         )
-        program = jax.jit(program, donate_argnums=0, out_shardings=everywhere)
-        many_steps = program.lower(state, train, order(0)).compile()
-        calls[_STEPS_A_CALL] = lambda state, order, position: many_steps(state, train, order)
+        pick_eval = programs.make_pick_eval(mesh, self._eval_batch_size, test_set.image_shape)
+        self._pick_eval = (
+            jax.jit(pick_eval, out_shardings=divided).lower(self._test, zero).compile()
+        )
+        step = programs.make_train_step(plan, rollbacks)
+        self._step, self._eval_step = _compile(
+            plan, step, state, self._batch(0), self._pick_eval(self._test, zero)
+        )
+        if platform(mesh) != "cpu" and plan.steps_per_epoch >= _STEPS_A_CALL:
+            self.steps_a_call = _STEPS_A_CALL
+            many = programs.make_train_steps(
+                step, pick, steps_per_epoch=plan.steps_per_epoch, steps=_STEPS_A_CALL
+            )
+            many = jax.jit(many, donate_argnums=0, out_shardings=replicated(mesh))
+            self._many_steps = many.lower(state, self._train, self._order(0)).compile()
 
-    def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
-        epoch, position = divmod(step, steps_per_epoch)
-        return calls[count](state, order(epoch), position)
+    def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
+        if count == 1:
+            return self._step(state, self._batch(step))
+        return self._many_steps(state, self._train, self._order(step // self._plan.steps_per_epoch))
 
-    def evaluate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        starts = range(0, len(test_set), eval_batch_size)
-        return _mean((eval_step(state, pick_eval(test, np.int32(at))) for at in starts), stop)
+    def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        starts = range(0, len(self._plan.data.test), self._eval_batch_size)
+        batches = (self._pick_eval(self._test, np.int32(start)) for start in starts)
+        return _mean((self._eval_step(state, batch) for batch in batches), stop)
 
-    yield Feed(advance, max(calls), evaluate)
+    def close(self) -> None:
+        pass
+
+    def _put(self, split: Split) -> dict[str, jax.Array]:
+        assert isinstance(split, Dataset)
+        arrays = {"image": split.images.reshape(len(split), -1), "label": split.labels}
+        return {name: put_everywhere(array, self._plan.mesh) for name, array in arrays.items()}
+
+    def _batch(self, step: int) -> dict[str, jax.Array]:
+        epoch, position = divmod(step, self._plan.steps_per_epoch)
+        return self._pick(self._train, self._order(epoch), np.int32(position))
+
+    def _put_order(self, epoch: int) -> jax.Array:
+        plan = self._plan
+        order = epoch_order(plan.config.seed, epoch, len(plan.data.train), self._rollbacks)
+        return put_everywhere(order, plan.mesh)
 
 
-@contextlib.contextmanager
-def _streamed(
-    config: Config,
-    mesh: Mesh,
-    train_set: Source,
-    test_set: Source,
-    step: Step,
-    eval_step: EvalStep,
-    state: TrainState,
-    steps: range,
-    rollbacks: int,
-) -> Iterator[Feed]:
-    eval_batch_size = _eval_batch_size(config, len(test_set), mesh)
-    train = TrainBatches(
-        train_set,
-        config.seed,
-        config.batch_size,
-        _share(mesh, config.batch_size),
-        steps.start,
-        steps.stop,
-        rollbacks,
-    )
-    epochs = math.ceil(steps.stop / (len(train_set) // config.batch_size))
-    test = EvalBatches(test_set, eval_batch_size, _share(mesh, eval_batch_size), epochs)
-    one_step, eval_step = _compile(
-        mesh,
-        step,
-        eval_step,
-        state,
-        _shapes(train_set, config.batch_size, mesh, index=jnp.int32),
-        _shapes(test_set, eval_batch_size, mesh, mask=jnp.bool_),
-    )
+class _Streamed:
+    """Of splits that are read all the time, this host's share of them."""
 
-    with (
-        contextlib.closing(stream(train, config.stream_workers)) as batches,
+    steps_a_call = 1
+
+    def __init__(self, plan: Plan, state: TrainState, rollbacks: int):
+        self._plan = plan
+        mesh, config = plan.mesh, plan.config
+        train_set, test_set = plan.data.train, plan.data.test
+        size, eval_size = config.batch_size, _eval_batch_size(plan)
+        self._next_step = first = int(state.step)
+        train = TrainBatches(
+            train_set,
+            config.seed,
+            size,
+            share_of_host(mesh, size),
+            first,
+            plan.total_steps,
+            rollbacks,
+        )
+        self._test = EvalBatches(
+            test_set, eval_size, share_of_host(mesh, eval_size), plan.num_epochs
+        )
+        self._step, self._eval_step = _compile(
+            plan,
+            programs.make_train_step(plan, rollbacks),
+            state,
+            self._shapes(train_set, size, index=jnp.int32),
+            self._shapes(test_set, eval_size, mask=jnp.bool_),
+        )
+        self._batches = self._stream(train)
         # Its processes are there from the first evaluation to the last.
-        contextlib.closing(stream(test, config.stream_workers)) as test_batches,
-    ):
+        self._test_batches = self._stream(self._test)
         # The next batch is on its way to the device while a step runs. There is none for a run
         # that was stopped in its last evaluation.
-        ahead = _put_share(next(batches), mesh) if steps else None
-        next_step = steps.start
+        self._ahead = put_share(next(self._batches), mesh) if len(train) else None
 
-        def advance(state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
-            nonlocal ahead, next_step
-            assert (step, count) == (next_step, 1)
-            state, metrics = one_step(state, ahead)
-            next_step += 1
-            if next_step < steps.stop:
-                ahead = _put_share(next(batches), mesh)
-            return state, metrics
+    def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
+        assert (step, count) == (self._next_step, 1)
+        state, metrics = self._step(state, self._ahead)
+        self._next_step += 1
+        if self._next_step < self._plan.total_steps:
+            self._ahead = put_share(next(self._batches), self._plan.mesh)
+        return state, metrics
 
-        def evaluate(state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-            batches = itertools.islice(test_batches, test.batches_each_time)
-            return _mean((eval_step(state, _put_share(b, mesh)) for b in batches), stop)
+    def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        batches = itertools.islice(self._test_batches, self._test.batches_each_time)
+        mesh = self._plan.mesh
+        return _mean((self._eval_step(state, put_share(b, mesh)) for b in batches), stop)
 
-        yield Feed(advance, 1, evaluate)
+    def close(self) -> None:
+        with contextlib.closing(self._batches):
+            self._test_batches.close()
+
+    def _stream(self, batches: TrainBatches | EvalBatches) -> Generator[dict[str, np.ndarray]]:
+        # Arrays that another process would be given whole are as fast without one.
+        in_memory = isinstance(batches.source, Dataset)
+        return stream(batches, 0 if in_memory else self._plan.config.stream_workers)
+
+    def _shapes(self, split: Split, batch_size: int, **more: Any) -> dict[str, Any]:
+        """A batch of a split, before it is read, with further arrays of one axis."""
+
+        def array(*shape, dtype):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=by_example(self._plan.mesh))
+
+        return {
+            "image": array(batch_size, *split.image_shape, dtype=jnp.uint8),
+            "label": array(batch_size, dtype=jnp.int32),
+        } | {name: array(batch_size, dtype=dtype) for name, dtype in more.items()}
 
 
 def _compile(
-    mesh: Mesh, step: Step, eval_step: EvalStep, state: TrainState, batch: Any, eval_batch: Any
+    plan: Plan, step: programs.Step, state: TrainState, batch: Any, eval_batch: Any
 ) -> tuple[jax.stages.Compiled, ...]:
-    everywhere = programs.replicated(mesh)
+    """The step and the evaluation of a batch, both at once."""
+    everywhere = replicated(plan.mesh)
     train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    evaluate = jax.jit(eval_step, out_shardings=everywhere)
+    evaluate = jax.jit(programs.make_eval_step(plan), out_shardings=everywhere)
     lowered = [train.lower(state, batch), evaluate.lower(state, eval_batch)]
     # On a GPU XLA times its candidates, and two programs would disturb each other.
-    at_once = 1 if mesh.devices.flat[0].platform == "gpu" else None
-    threads = ThreadPoolExecutor(at_once)
+    threads = ThreadPoolExecutor(1 if platform(plan.mesh) == "gpu" else None)
     try:
         return tuple(threads.map(jax.stages.Lowered.compile, lowered))
     finally:
@@ -290,37 +246,7 @@ def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float]
     return None
 
 
-def _eval_batch_size(config: Config, examples: int, mesh: Mesh) -> int:
+def _eval_batch_size(plan: Plan) -> int:
     """The config's, rounded up to what the devices divide; no more than there are examples."""
-    return math.ceil(min(config.eval_batch_size, examples) / mesh.size) * mesh.size
-
-
-# Arrays over the devices of all hosts, from what this host has.
-
-
-def _put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    sharding = programs.replicated(mesh)
-    return jax.make_array_from_process_local_data(sharding, array, array.shape)
-
-
-def _share(mesh: Mesh, batch_size: int) -> slice:
-    """The examples of a batch that this host's devices take."""
-    indices = programs.by_example(mesh).addressable_devices_indices_map((batch_size,)).values()
-    ranges = [index[0].indices(batch_size) for index in indices if index is not None]
-    return slice(min(start for start, _, _ in ranges), max(stop for _, stop, _ in ranges))
-
-
-def _shapes(source: Source, batch_size: int, mesh: Mesh, **more: Any) -> dict[str, Any]:
-    """A streamed batch of a split, before it is read, with further arrays of one axis."""
-
-    def array(*shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=programs.by_example(mesh))
-
-    return {
-        "image": array(batch_size, *source.image_shape, dtype=jnp.uint8),
-        "label": array(batch_size, dtype=jnp.int32),
-    } | {name: array(batch_size, dtype=dtype) for name, dtype in more.items()}
-
-
-def _put_share(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
-    return jax.make_array_from_process_local_data(programs.by_example(mesh), batch)
+    size, devices = min(plan.config.eval_batch_size, len(plan.data.test)), plan.mesh.size
+    return math.ceil(size / devices) * devices

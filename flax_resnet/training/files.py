@@ -1,21 +1,23 @@
-"""Files of a run's folder: config.json, dataset.json, metrics.jsonl, curves.png, and a lock."""
+"""A run's folder: config.json, dataset.json, and a lock."""
 
 import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
-import matplotlib.figure
-import matplotlib.ticker
 
-from flax_resnet.data import Dataset, Source
 from flax_resnet.errors import InputError
-from flax_resnet.training.checkpoint import Record, steps_in
+from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
+from flax_resnet.training.data import Data
+from flax_resnet.training.own import without_replaced
+
+# Of config.json, beside the keys of `Config`: by name, what a script has brought.
+BROUGHT = "brought"
 
 # Not what is computed, so it may change between two starts of one run.
 _FREE_KEYS = (
@@ -25,11 +27,18 @@ _FREE_KEYS = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "on_nan",
+    "log_every",
+    "profile_steps",
 )
 
 
-def check_workdir(workdir: Path, config: Config) -> None:
+def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> None:
     """Refuses a folder that cannot be written, or holds a run of another config.
+
+    Args:
+      workdir: the folder.
+      config: of the run.
+      brought: by name, what a script has brought in place of what the config names.
 
     Raises:
       InputError: says which.
@@ -50,10 +59,12 @@ def check_workdir(workdir: Path, config: Config) -> None:
                 "name another --workdir"
             )
         return
+    stored = read_json(path)
+    _check_brought(workdir, stored.pop(BROUGHT, {}), brought)
     # A key that an earlier version did not know has its default.
-    theirs = _as_json(dataclasses.asdict(Config())) | read_json(path)
-    ours = _as_json(dataclasses.asdict(config))
-    keys = [key for key in sorted({*theirs, *ours}) if key not in _FREE_KEYS]
+    theirs = _as_json(dataclasses.asdict(Config())) | stored
+    ours = without_replaced(_as_json(dataclasses.asdict(config)), brought)
+    keys = [key for key in sorted({*stored, *ours}) if key not in _FREE_KEYS]
     other = [f"{k} ({theirs.get(k)} there)" for k in keys if theirs.get(k) != ours.get(k)]
     if other:
         raise InputError(
@@ -62,35 +73,46 @@ def check_workdir(workdir: Path, config: Config) -> None:
         )
 
 
+def _check_brought(workdir: Path, theirs: Any, ours: Mapping[str, str]) -> None:
+    if not isinstance(theirs, dict):
+        raise InputError(f"{workdir / 'config.json'} is damaged: {BROUGHT} is no JSON object")
+    for name in sorted({*theirs, *ours}):
+        if name not in ours:
+            raise InputError(
+                f"workdir {workdir} holds a run with a {name} of its own, {theirs[name]}: "
+                f"give it to fr.train as {name}="
+            )
+        if theirs.get(name) != ours[name]:
+            raise InputError(
+                f"workdir {workdir} holds a run with {theirs.get(name, 'the config')} for its "
+                f"{name}, not {ours[name]}: name another workdir"
+            )
+
+
 def write_description(
-    workdir: Path,
-    config: Config,
-    train_set: Dataset | Source,
-    test_set: Dataset | Source,
-    statistics: tuple[Sequence[float], Sequence[float]],
+    workdir: Path, config: Config, data: Data, brought: Mapping[str, str]
 ) -> None:
     """Writes config.json and dataset.json.
 
     Args:
       workdir: the folder of the run.
       config: of the run.
-      train_set, test_set: its splits.
-      statistics: mean and std of its channels.
+      data: its splits.
+      brought: see `check_workdir`; the keys in whose place that stands are left out.
 
     Raises:
       InputError: if the folder's run had other data.
       OSError: if they cannot be written.
     """
-    mean, std = statistics
     dataset = _as_json(
         {
-            "name": config.dataset,
-            "class_names": train_set.class_names,
-            "train_examples": len(train_set),
-            "test_examples": len(test_set),
-            "image_shape": train_set.image_shape,
-            "mean": mean,
-            "std": std,
+            "name": data.name,
+            "class_names": data.train.class_names,
+            "train_examples": len(data.train),
+            "test_examples": len(data.test),
+            "image_shape": data.train.image_shape,
+            "mean": data.mean,
+            "std": data.std,
         }
     )
     path = workdir / "dataset.json"
@@ -98,7 +120,8 @@ def write_description(
     if path.exists() and dataset | read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
     _write_json(path, dataset)
-    _write_json(workdir / "config.json", dataclasses.asdict(config))
+    content = without_replaced(dataclasses.asdict(config), brought)
+    _write_json(workdir / "config.json", content | ({BROUGHT: brought} if brought else {}))
 
 
 @contextlib.contextmanager
@@ -122,62 +145,6 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def begin_metrics(workdir: Path, records: Sequence[Record], has_checkpoint: bool) -> None:
-    """Leaves in metrics.jsonl the lines of these records and no others.
-
-    What follows them was torn off, or belongs to steps that will be done again.
-
-    Raises:
-      InputError: if the folder has lines of many epochs, and the run would begin anew.
-    """
-    path = workdir / "metrics.jsonl"
-    content = path.read_bytes() if path.exists() else b""
-    # A checkpoint is on disk at the latest when the second one after it is begun.
-    epochs = content.count(b"\n")
-    if epochs > 2 and not has_checkpoint:
-        raise InputError(
-            f"{path} has lines of {epochs} epochs, but there is no checkpoint to go on from: "
-            "name another --workdir, or take it away to begin anew"
-        )
-    lines = "".join(_line(record) for record in records).encode()
-    if content.startswith(lines):
-        if len(content) > len(lines):
-            os.truncate(path, len(lines))
-    else:
-        write_whole(path, lines.decode())
-
-
-def append_metrics(workdir: Path, record: Record) -> None:
-    """Adds a line to metrics.jsonl."""
-    with (workdir / "metrics.jsonl").open("a") as file:
-        file.write(_line(record))
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
-
-
-def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Draws loss and accuracy of training and test by epoch, if there is any."""
-    if not records:
-        return
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    epochs = [record["epoch"] for record in records]
-    marker = "." if len(epochs) < 40 else None
-    for split in ("train", "test"):
-        loss.plot(epochs, [r[f"{split}_loss"] for r in records], marker=marker, label=split)
-        percent = [100 * r[f"{split}_accuracy"] for r in records]
-        accuracy.plot(epochs, percent, marker=marker, label=split)
-    for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)")):
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def _as_json(content: Any) -> Any:

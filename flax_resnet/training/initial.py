@@ -16,7 +16,7 @@ from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
 from flax_resnet.models.weights import fit_weights
 from flax_resnet.progress import say
-from flax_resnet.training.checkpoint import choose_checkpoint, read_variables, steps_in
+from flax_resnet.training.checkpoint_files import choose_checkpoint, read_variables, steps_in
 from flax_resnet.training.config import Config
 from flax_resnet.training.steps import TrainState
 
@@ -88,4 +88,5 @@ def start_from(weights: Weights, state: TrainState) -> TrainState:
         # A copy: the state is donated to the first step, and a rollback may come here again.
         variables[path] = jax.device_put(jnp.array(new), variables[path].sharding)
     trees = unflatten_dict(variables)
-    return state.replace(params=trees["params"], batch_stats=trees.get("batch_stats", {}))
+    state = state.replace(params=trees["params"], batch_stats=trees.get("batch_stats", {}))
+    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if state.ema else state

@@ -1,4 +1,4 @@
-"""SGD and its learning rate, with the meaning that PyTorch gives them."""
+"""The optimizer of a config and its learning rate, with the meaning that PyTorch gives them."""
 
 import optax
 from flax.traverse_util import path_aware_map
@@ -52,14 +52,41 @@ def learning_rate_schedule(
     return optax.join_schedules([rise, schedule], [warmup])
 
 
-def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum.
+def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """`config.optimizer`: Optax's, with the meaning of torch.optim where that has it.
 
-    It does not touch what `config.freeze` names, and keeps no momentum of it.
+    It does not touch what `config.freeze` names, and keeps no state of it.
+
+    sgd: torch.optim.SGD with dampening 0: weight decay joins the gradient before momentum.
+    adamw: torch.optim.AdamW: weight decay, times the learning rate, is taken off apart.
+    lars, lamb: the rate of each array by its norm; lars takes BatchNorm's arrays and biases as
+    sgd does.
     """
-
-    def kernels(params):
-        return path_aware_map(lambda path, _: path[-1] == "kernel", params)
+    decay, decayed = config.weight_decay, None if config.decay_bn_and_bias else _kernels
+    momentum, nesterov = config.momentum or None, config.nesterov
+    match config.optimizer:
+        case "sgd":
+            optimizer = optax.chain(
+                optax.add_decayed_weights(decay, mask=decayed),
+                optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+            )
+        case "adamw":
+            optimizer = optax.adamw(learning_rate, weight_decay=decay, mask=decayed)
+        case "lars":
+            optimizer = optax.lars(
+                learning_rate,
+                decay,
+                weight_decay_mask=decayed or True,
+                trust_ratio_mask=_kernels,
+                momentum=config.momentum,
+                nesterov=nesterov,
+            )
+        case "lamb":
+            optimizer = optax.lamb(learning_rate, weight_decay=decay, mask=decayed)
+    if config.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if not config.freeze:
+        return optimizer
 
     def labels(params):
         def label(path, _):
@@ -67,12 +94,8 @@ def sgd(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransfor
 
         return path_aware_map(label, params)
 
-    optimizer = optax.chain(
-        optax.add_decayed_weights(
-            config.weight_decay, mask=None if config.decay_bn_and_bias else kernels
-        ),
-        optax.sgd(learning_rate, momentum=config.momentum or None, nesterov=config.nesterov),
-    )
-    if not config.freeze:
-        return optimizer
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _kernels(params):
+    return path_aware_map(lambda path, _: path[-1] == "kernel", params)

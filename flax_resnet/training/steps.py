@@ -1,6 +1,6 @@
 """The state of a run and the pure functions that train and evaluate it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -17,6 +17,8 @@ from flax_resnet.models.freezing import is_frozen
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
+# Logits, float [N, K], and labels, int32 [N], to the loss of each example, float [N].
+Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -27,29 +29,44 @@ class TrainState(flax.struct.PyTreeNode):
       params: float32 parameters of the model.
       batch_stats: float32 running statistics of BatchNorm; {} for a model without it.
       opt_state: state of the optax optimizer.
+      ema: {"params", "batch_stats"}, their moving average; {} for none.
     """
 
     step: Int32[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: Any
 
     @classmethod
     def create(
-        cls, variables: Mapping[str, Any], optimizer: optax.GradientTransformation
+        cls,
+        variables: Mapping[str, Any],
+        optimizer: optax.GradientTransformation,
+        *,
+        ema: bool = False,
     ) -> "TrainState":
         """The state before the first step, with these variables of a model."""
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        average = {"params": params, "batch_stats": batch_stats}
         return cls(
             step=jnp.int32(0),
-            params=variables["params"],
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=optimizer.init(variables["params"]),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            # Copies: no array of a state may be given to the next step twice.
+            ema=jax.tree.map(jnp.copy, average) if ema else {},
         )
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `model.apply` takes."""
+        """What `model.apply` takes in training."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What `model.apply` takes in evaluation: the moving average if there is one."""
+        return self.ema or self.variables
 
 
 def create_state(
@@ -57,17 +74,37 @@ def create_state(
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     image_shape: tuple[int, ...],
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """The state before the first step, with random weights.
 
     Args:
-      model: a ResNet, ResNet9 or VGG.
-      optimizer: see `sgd`.
+      model: takes images and `train`.
+      optimizer: such as `make_optimizer` gives.
       key: of the initial weights.
       image_shape: (H, W, C).
+      ema: keep a moving average of them, see `update_ema`.
     """
     variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
-    return TrainState.create(variables, optimizer)
+    return TrainState.create(variables, optimizer, ema=ema)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+    """The cross-entropy of each example, as torch.nn.CrossEntropyLoss(reduction="none").
+
+    Args:
+      logits: float [N, K].
+      labels: int32 [N].
+      label_smoothing: share of the target spread evenly over all classes.
+
+    Returns:
+      float [N], in nats.
+    """
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
 def train_step(
@@ -76,7 +113,7 @@ def train_step(
     *,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    label_smoothing: float = 0.0,
+    loss: Loss = cross_entropy,
     accumulation_steps: int = 1,
     dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -88,43 +125,45 @@ def train_step(
 
     Args:
       state: before the step.
-      batch: "image", float [N, H, W, C], normalised; "label", int32 [N].
+      batch: "image", float [N, H, W, C], normalised; "label", int32 [N]; where images are
+        mixed also "other_label", int32 [N], and "share", float32 [N], see `mix`.
       model, optimizer: as given to `create_state`.
-      label_smoothing: share of the target spread evenly over all classes, as in
-        torch.nn.CrossEntropyLoss.
+      loss: of each example.
       accumulation_steps: parts of the batch; divides N.
       dropout_key: of dropout and stochastic depth, the same in every step of a run: what a
         step draws depends on it, the number of the step and the part of the batch.
 
     Returns:
-      The state after the step, and metrics: the batch's mean "loss" and "accuracy", float32
-      []; "gradient_norm", float32 [], the Euclidean norm of the gradient of all parameters that
-      are not frozen; and "layer_gradient_norms", float32 [L], that of each kernel among them,
-      sorted by their paths.
+      The state after the step, with `ema` as it was, and metrics: the batch's mean "loss" and
+      "accuracy", float32 []; "gradient_norm", float32 [], the Euclidean norm of the gradient of
+      all parameters that are not frozen; and "layer_gradient_norms", float32 [L], that of each
+      kernel among them, sorted by their paths.
     """
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
-    def loss_fn(params, batch_stats, key, image, label):
+    def loss_fn(params, batch_stats, key, batch):
         logits, updates = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            image,
+            batch["image"],
             train=True,
             mutable=["batch_stats"],
             rngs=None if key is None else {"dropout": key},
         )
-        targets = jax.nn.one_hot(label, logits.shape[-1])
-        targets = optax.smooth_labels(targets, label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == label, dtype=jnp.float32)
-        return loss, (updates.get("batch_stats", {}), {"loss": loss, "accuracy": accuracy})
+        logits = jnp.float32(logits)
+        losses = loss(logits, batch["label"])
+        correct = jnp.float32(logits.argmax(-1) == batch["label"])
+        if "other_label" in batch:
+            share, other = batch["share"], batch["other_label"]
+            losses = share * losses + (1 - share) * loss(logits, other)
+            correct = share * correct + (1 - share) * (logits.argmax(-1) == other)
+        metrics = {"loss": losses.mean(), "accuracy": correct.mean()}
+        return metrics["loss"], (updates.get("batch_stats", {}), metrics)
 
     gradient = jax.grad(loss_fn, has_aux=True)
 
     def part(carry, batch):
         batch_stats, key = carry
-        grads, (batch_stats, metrics) = gradient(
-            state.params, batch_stats, key, batch["image"], batch["label"]
-        )
+        grads, (batch_stats, metrics) = gradient(state.params, batch_stats, key, batch)
         # The next part draws anew.
         key = None if key is None else jax.random.fold_in(key, 1)
         return (batch_stats, key), (grads, metrics)
@@ -138,13 +177,24 @@ def train_step(
     batch_stats, _ = carry
     metrics |= _gradient_norms(grads, getattr(model, "frozen", ()))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = TrainState(
+    state = state.replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
     return state, metrics
+
+
+def update_ema(state: TrainState, decay: float) -> TrainState:
+    """The state after a step with its moving average brought up to date.
+
+    After t steps it is decay * average + (1 - decay) * new, where decay is (1 + t) / (10 + t)
+    as long as that is less: as in tf.train.ExponentialMovingAverage with num_updates.
+    """
+    steps = jnp.float32(state.step)
+    step_size = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
+    return state.replace(ema=optax.incremental_update(state.variables, state.ema, step_size))
 
 
 def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:
@@ -175,6 +225,8 @@ def split_layers(norms: np.ndarray, params: Any, frozen: Sequence[str] = ()) -> 
       many blocks are on top of each other (`stack_blocks`) [blocks, steps].
     """
     kernels = _kernels(params, frozen)
+    if not kernels:
+        return {}
     stacked = {path: kernel.ndim > _kernel_rank(kernel) for path, kernel in kernels.items()}
     counts = [len(kernel) if stacked[path] else 1 for path, kernel in kernels.items()]
     parts = np.split(norms.T, np.cumsum(counts)[:-1])
@@ -217,25 +269,28 @@ def _in_parts(part, carry, batch, count):
     return carry, jax.tree.map(lambda x: x / count, total)
 
 
-def eval_step(variables: Mapping[str, Any], batch: Batch, *, model: nn.Module) -> Metrics:
+def eval_step(
+    variables: Mapping[str, Any], batch: Batch, *, model: nn.Module, loss: Loss = cross_entropy
+) -> Metrics:
     """Sums over the examples of a batch that count.
 
     Args:
       variables: what `model.apply` takes, such as those of a `TrainState`.
       batch: "image" and "label" as in `train_step`; "mask", bool [N], False for
         examples that only fill the batch.
-      model: a ResNet, ResNet9 or VGG.
+      model: takes images and `train`.
+      loss: of each example.
 
     Returns:
       "loss", float32 [], and "correct" and "count", int32 [].
     """
     chex.assert_rank([batch["image"], batch["label"], batch["mask"]], [4, 1, 1])
-    logits = jnp.asarray(model.apply(variables, batch["image"], train=False))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    logits = jnp.float32(model.apply(variables, batch["image"], train=False))
+    losses = loss(logits, batch["label"])
     correct = logits.argmax(-1) == batch["label"]
     mask = batch["mask"]
     return {
-        "loss": jnp.sum(loss, where=mask),
+        "loss": jnp.sum(losses, where=mask),
         "correct": jnp.sum(correct, where=mask, dtype=jnp.int32),
         "count": jnp.sum(mask, dtype=jnp.int32),
     }

@@ -4,7 +4,6 @@ import io
 import re
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.models import unstack_blocks
 from flax_resnet.models.torch_weights import torch_name
-from flax_resnet.training.checkpoint import Record
+from flax_resnet.training.history import Record
 
 _PIXELS_BETWEEN_IMAGES = 2
 
@@ -24,8 +23,8 @@ _PIXELS_BETWEEN_IMAGES = 2
 # everywhere when a run goes back to an earlier step.
 
 
-def open_writer(workdir: Path, records: Sequence[Record]) -> RecordWriter:
-    """An event file, with which TensorBoard forgets what came after the records.
+def open_writer(workdir: Path, step: int) -> RecordWriter:
+    """An event file, with which TensorBoard forgets what came after so many steps.
 
     Unlike TensorBoard's EventFileWriter it has no thread, which would end with a traceback
     when the disk is full. All functions here raise OSError then.
@@ -35,18 +34,17 @@ def open_writer(workdir: Path, records: Sequence[Record]) -> RecordWriter:
     now = max([time.time_ns(), *(int(match[1]) + 1 for match in earlier if match)])
     path = workdir / f"events.out.tfevents.{now}.{socket.gethostname()}"
     writer = RecordWriter(path.open("wb"))
-    step = records[-1]["step"] + 1 if records else 0
     _write(writer, _event(0, file_version="brain.Event:2"))
-    _write(writer, _event(step, session_log={"status": "START"}))
+    _write(writer, _event(step + 1 if step else 0, session_log={"status": "START"}))
     return writer
 
 
-def write_scalars(writer: RecordWriter, record: Record) -> None:
-    """Shows a record, as train/loss, test/loss, learning_rate, ..."""
+def write_scalars(writer: RecordWriter, record: Record, group: str = "") -> None:
+    """Shows a record, as train/loss, test/loss, learning_rate, ..., after the group's name."""
     values = [
-        {"tag": re.sub("^(train|test)_", r"\1/", name), "simple_value": value}
+        {"tag": group + re.sub("^(train|test)_", r"\1/", name), "simple_value": value}
         for name, value in record.items()
-        if name not in ("epoch", "step")
+        if name not in ("epoch", "step") and value is not None
     ]
     _write(writer, _event(record["step"], summary={"value": values}))
 

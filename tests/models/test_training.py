@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import flax_resnet as fr
-from flax_resnet.training import checkpoint, create_state, eval_step, sgd, train_step
+from flax_resnet.training import checkpoint, create_state, eval_step, make_optimizer, train_step
 from flax_resnet.training.config import Config
 from flax_resnet.training.optimizer import learning_rate_schedule
 
@@ -62,7 +62,7 @@ def test_trajectory_is_that_of_torch(kind, rng):
     steps = 50
     config = Config(schedule="step", learning_rate=0.02, decay_at=(0.5, 0.8))
     rate = learning_rate_schedule(config, steps_per_epoch=10, total_steps=steps)
-    optimizer = sgd(config, rate)
+    optimizer = make_optimizer(config, rate)
     model = fr.ResNet(getattr(fr, kind), **SMALL)
     torch.manual_seed(0)
     twin = torch_resnet.ResNet(getattr(torch_resnet, kind), **SMALL).train()
@@ -104,7 +104,7 @@ def test_trajectory_is_that_of_torch(kind, rng):
 
 @pytest.mark.parametrize("name", NETS)
 def test_every_net_trains_is_evaluated_and_goes_on_as_it_would_have(name, batch, tmp_path):
-    model, optimizer = NETS[name], sgd(Config(), optax.constant_schedule(0.02))
+    model, optimizer = NETS[name], make_optimizer(Config(), optax.constant_schedule(0.02))
     start = state_of(model, optimizer)
     assert bool(start.batch_stats) == (name in ("stochastic depth", "dropout"))
     step = jax.jit(

@@ -15,8 +15,8 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.models.freezing import is_frozen
-from flax_resnet.training import check_config, create_state, sgd, train_step
-from flax_resnet.training.checkpoint import choose_checkpoint, read_variables
+from flax_resnet.training import check_config, create_state, make_optimizer, train_step
+from flax_resnet.training.checkpoint_files import choose_checkpoint, read_variables
 from flax_resnet.training.config import Config
 from flax_resnet.training.initial import fit_initial
 from tests.training.test_train import changed, read_metrics, train_until
@@ -56,11 +56,9 @@ def test_steps_are_those_of_torch(rng):
     theirs = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1, **SGD)
 
     model = fr.ResNet(fr.BasicBlock, (1, 2), **shape, frozen=FREEZE)
-    optimizer = sgd(Config(**SGD, freeze=FREEZE), optax.constant_schedule(0.1))
+    optimizer = make_optimizer(Config(**SGD, freeze=FREEZE), optax.constant_schedule(0.1))
     variables = fr.from_torch(model, twin.state_dict())
-    state = fr.TrainState(
-        step=jnp.int32(0), **variables, opt_state=optimizer.init(variables["params"])
-    )
+    state = fr.TrainState.create(variables, optimizer)
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer))
     for _ in range(3):
         images = rng.normal(size=(8, 8, 8, 3)).astype(np.float32)
@@ -77,7 +75,7 @@ def test_steps_are_those_of_torch(rng):
 def test_frozen_layers_have_no_momentum():
     model = fr.ResNet(fr.BasicBlock, (1,), 10, widths=(8,), strides=(1,), frozen=("conv1",))
     config = Config(freeze=("conv1", "bn1", "layer1"))
-    optimizer = sgd(config, optax.constant_schedule(0.1))
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
     create = partial(create_state, model, optimizer, image_shape=(8, 8, 3))
     state = jax.eval_shape(create, jax.random.key(0))
     momentum = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]

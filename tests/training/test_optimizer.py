@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from flax_resnet.errors import InputError
-from flax_resnet.training import learning_rate_schedule, sgd
+from flax_resnet.training import learning_rate_schedule, make_optimizer
 from flax_resnet.training.config import Config
 
 torch = pytest.importorskip("torch")
@@ -109,7 +109,7 @@ def test_sgd_is_that_of_torch(rng, nesterov, momentum):
     schedule = learning_rate_schedule(
         config, steps_per_epoch=STEPS_PER_EPOCH, total_steps=TOTAL_STEPS
     )
-    optimizer = sgd(config, schedule)
+    optimizer = make_optimizer(config, schedule)
     initial = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     params: Any = jax.tree.map(jnp.float32, initial)
     state = optimizer.init(params)
@@ -143,7 +143,7 @@ def test_weight_decay_leaves_out_norms_and_biases_on_request():
     config = Config(weight_decay=0.5, nesterov=False, momentum=0.0)
     for everything in (True, False):
         config = dataclasses.replace(config, decay_bn_and_bias=everything)
-        optimizer = sgd(config, optax.constant_schedule(1.0))
+        optimizer = make_optimizer(config, optax.constant_schedule(1.0))
         updates, _ = optimizer.update(zeros, optimizer.init(params), params)
         small = -0.5 if everything else 0.0
         expected = {

@@ -20,7 +20,19 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.data import epoch_order
-from flax_resnet.training import check_config, checkpoint, feeds, files, loop, programs
+from flax_resnet.progress import Progress
+from flax_resnet.training import (
+    check_config,
+    checkpoint,
+    checkpoint_files,
+    feeds,
+    files,
+    launch,
+    programs,
+    writers,
+)
+from flax_resnet.training.loop import Loop
+from tests.training.plans import planned
 from tests.training.test_train import (
     changed,
     read_metrics,
@@ -69,7 +81,7 @@ def test_signal_loses_nothing(
 
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Progress, "step", raise_signal)
+        patch.setattr(Progress, "step", raise_signal)
         with pytest.raises(stops) as stopped:
             fr.train(config, tmp_path)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -133,15 +145,15 @@ def test_signal_to_the_group_leaves_the_readers(program, number):
 
 
 def test_signal_in_a_step_that_is_not_finite(config, tmp_path, monkeypatch, capsys):
-    check_finite = loop._check_finite
+    check_finite = Loop._check_finite
 
-    def signalled(run, metrics, first_step):
-        if first_step == 10:
+    def signalled(self, metrics, first):
+        if first == 10:
             os.kill(os.getpid(), signal.SIGTERM)
             metrics = metrics | {"loss": np.full_like(metrics["loss"], np.nan)}
-        check_finite(run, metrics, first_step)
+        check_finite(self, metrics, first)
 
-    monkeypatch.setattr(loop, "_check_finite", signalled)
+    monkeypatch.setattr(Loop, "_check_finite", signalled)
     with pytest.raises(SystemExit, match="143"):
         fr.train(changed(config, on_nan="rollback"), tmp_path)
     assert "checkpoints/8; SIGTERM: stopped" in capsys.readouterr().err
@@ -195,7 +207,7 @@ def test_checkpoint_stays_until_its_replacement_is_written(
         patch.setattr(checkpoint.Checkpoints, "_write_manifest", fail)
         with pytest.raises(fr.InputError, match=r"no space left .* the last one is .*/16"):
             fr.train(config, folder)
-    assert checkpoint.damage_of(folder / "checkpoints" / "16") is None
+    assert checkpoint_files.damage_of(folder / "checkpoints" / "16") is None
     assert_same_run(fr.train(config, folder), folder, finished)
     assert not (folder / "replaced").exists()
 
@@ -208,8 +220,8 @@ def test_replaced_checkpoint_comes_back_where_it_is_needed(stopped, stopped_once
         shutil.rmtree(place)
     elif what_is_there == "damaged":
         truncate(largest(place))
-    checkpoint.put_back_replaced(stopped)
-    assert checkpoint.damage_of(place) is None
+    checkpoint_files.put_back_replaced(stopped)
+    assert checkpoint_files.damage_of(place) is None
     assert not aside.parent.exists()
     assert (stopped / "damaged").exists() == (what_is_there == "damaged")
 
@@ -324,7 +336,7 @@ DAMAGE = {
 def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage):
     steps = steps_kept(stopped)
     damage(stopped / "checkpoints" / str(steps[-1]))
-    said = checkpoint.set_damaged_aside(stopped)
+    said = checkpoint_files.set_damaged_aside(stopped)
     assert len(said) == 1
     assert f"checkpoint {steps[-1]} is damaged" in said[0]
     assert f"the newest sound one is {steps[-2]}" in said[0]
@@ -336,16 +348,16 @@ def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(stopped, monkey
     def fail(_):
         raise PermissionError("permission denied")
 
-    monkeypatch.setattr(checkpoint, "_digests", fail)
+    monkeypatch.setattr(checkpoint_files, "_digests", fail)
     with pytest.raises(fr.InputError, match="cannot be read: permission denied"):
-        checkpoint.set_damaged_aside(stopped)
+        checkpoint_files.set_damaged_aside(stopped)
     assert steps_kept(stopped) == [8, 11]
 
 
 def test_damaged_checkpoints_of_one_step_lie_side_by_side(stopped, stopped_once):
     for _ in range(2):
         truncate(largest(stopped / "checkpoints" / "11"))
-        checkpoint.set_damaged_aside(stopped)
+        checkpoint_files.set_damaged_aside(stopped)
         shutil.copytree(stopped_once / "checkpoints" / "11", stopped / "checkpoints" / "11")
     assert {path.name for path in (stopped / "damaged").iterdir()} == {"11", "11-2"}
 
@@ -423,7 +435,7 @@ def test_curves_that_cannot_be_written_end_no_run(stopped, config, finished, mon
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "plot_curves", fail)
+    monkeypatch.setattr(writers, "plot_curves", fail)
     assert_same_run(fr.train(config, stopped), stopped, finished)
     assert "there is no curves.png: no space left" in capsys.readouterr().err
 
@@ -476,8 +488,8 @@ def poison(monkeypatch, step, rollbacks_before_health, what="loss"):
     """Makes the loss, say, of a step NaN, as long as the run has gone back too seldom."""
     make_train_step = programs.make_train_step
 
-    def make_poisoned(*arguments, rollbacks, **options):
-        healthy = make_train_step(*arguments, rollbacks=rollbacks, **options)
+    def make_poisoned(plan, rollbacks):
+        healthy = make_train_step(plan, rollbacks)
 
         def poisoned(state, batch):
             new_state, metrics = healthy(state, batch)
@@ -532,7 +544,7 @@ def test_other_batches_after_a_rollback():
     config = check_config({"batch_size": 8})
     images = np.random.default_rng(0).integers(0, 256, (8, 6, 5, 3), dtype=np.uint8)
     crops = [
-        np.asarray(programs.make_augment(config, ((0.5,), (0.2,)), n)(images, np.arange(8), 0))
+        np.asarray(programs.make_augment(planned(config), n)(images, np.arange(8), 0))
         for n in range(3)
     ]
     assert len({crop.tobytes() for crop in crops}) == 3
@@ -540,7 +552,7 @@ def test_other_batches_after_a_rollback():
 
 def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 3, 99)
-    monkeypatch.setattr(loop, "_MAX_ROLLBACKS", 2)
+    monkeypatch.setattr(launch, "_MAX_ROLLBACKS", 2)
     with pytest.raises(FloatingPointError, match="there is no checkpoint before it"):
         fr.train(changed(config, on_nan="rollback"), tmp_path)
     assert capsys.readouterr().err.count("going back") == 2
@@ -549,8 +561,8 @@ def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch, capsys):
 def test_state_that_is_not_finite_is_not_kept(config, tmp_path, monkeypatch):
     make_train_step = programs.make_train_step
 
-    def make_poisoned(*arguments, **options):
-        healthy = make_train_step(*arguments, **options)
+    def make_poisoned(*arguments):
+        healthy = make_train_step(*arguments)
 
         def poisoned(state, batch):
             state, metrics = healthy(state, batch)

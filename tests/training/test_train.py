@@ -19,16 +19,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import flax_resnet as fr
 from flax_resnet.data import Source, channel_statistics, epoch_order, normalize
+from flax_resnet.progress import Progress
 from flax_resnet.training import (
     check_config,
     checkpoint,
     create_state,
+    data,
     feeds,
     files,
-    loop,
+    mesh,
+    plan,
     programs,
     tensorboard,
 )
+from flax_resnet.training.loop import Loop
 from tests.data.test_datasets import as_tfrecord
 
 TIMING = ("seconds", "images_per_second")
@@ -113,7 +117,7 @@ def test_tensorboard_shows_a_resumed_run_whose_clock_went_back(tmp_path, monkeyp
     records = [{"step": step, "test_loss": 0.5 / step} for step in (8, 16)]
     for i, time_ns in enumerate((2_000, 1_000)):
         monkeypatch.setattr(tensorboard.time, "time_ns", lambda now=time_ns: now)
-        with contextlib.closing(tensorboard.open_writer(tmp_path, records[:i])) as writer:
+        with contextlib.closing(tensorboard.open_writer(tmp_path, 8 * i)) as writer:
             tensorboard.write_scalars(writer, records[i])
     assert [event.step for event in read_events(tmp_path).Scalars("test/loss")] == [8, 16]
 
@@ -196,14 +200,14 @@ def test_streaming_gives_the_same_bits(finished, config, tmp_path):
 
 def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     # The images and labels are 365 * 3,076 bytes, just above a quarter of this.
-    monkeypatch.setattr(feeds, "_memory", lambda mesh: 4_400_000)
-    mesh = programs.make_mesh(config.batch_size)
+    monkeypatch.setattr(data, "_memory", lambda mesh: 4_400_000)
+    devices = mesh.make_mesh(config.batch_size)
     for data_feed, kind in (("auto", Source), ("resident", fr.Dataset), ("stream", Source)):
         run = check_config(changed(config, data_feed=data_feed, stream_workers=0))
-        data = feeds.open_data(run, mesh)
-        assert type(data.train) is type(data.test) is kind
+        splits = data.open_data(run, devices)
+        assert type(splits.train) is type(splits.test) is kind
     monkeypatch.undo()
-    assert type(feeds.open_data(check_config(config), mesh).train) is fr.Dataset
+    assert type(data.open_data(check_config(config), devices).train) is fr.Dataset
 
 
 @pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])
@@ -231,15 +235,15 @@ class StopError(Exception):
 def train_until(step, config, folder, monkeypatch, kept=None):
     """Trains to that step, with checkpoints after these: by default 8, a whole epoch, and it."""
 
-    def stop(run, checkpoints, state, history):
-        if int(state.step) in ({8, step} if kept is None else kept):
-            loop_save(run, checkpoints, state, history)
-        if state.step >= step:
+    def stop(self):
+        if int(self.state.step) in ({8, step} if kept is None else kept):
+            save(self)
+        if self.state.step >= step:
             raise StopError
 
-    loop_save = loop._save
+    save = Loop._save
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_save", stop)
+        patch.setattr(Loop, "_save", stop)
         patch.setattr(checkpoint.Checkpoints, "is_due", lambda self: True)
         with pytest.raises(StopError):
             fr.train(config, folder)
@@ -269,8 +273,8 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(config, tmp_pat
     config = changed(config, learning_rate=0.005, num_epochs=2)
     fr.train(config, tmp_path / "eight")
     train_until(5, config, tmp_path / "two", monkeypatch)
-    make_mesh = partial(programs.make_mesh, devices=jax.devices()[:2])
-    monkeypatch.setattr(programs, "make_mesh", make_mesh)
+    make_mesh = partial(mesh.make_mesh, devices=jax.devices()[:2])
+    monkeypatch.setattr(plan, "make_mesh", make_mesh)
     fr.train(config, tmp_path / "two")
     losses = [
         [(record["train_loss"], record["test_loss"]) for record in read_metrics(tmp_path / name)]
@@ -283,7 +287,7 @@ def test_weights_and_batches_are_those_of_the_seed(config, tmp_path):
     """Without augmentation and learning the epoch's mean is over the order's examples."""
     still = changed(config, seed=3, num_steps=1, crop_padding=0, learning_rate=1e-9)
     state = fr.train(changed(still, warmup_epochs=0.0), tmp_path)
-    key, *_ = programs.random_keys(3)
+    key = programs.random_keys(3).init
     fresh = create_state(fr.cifar_resnet8(), optax.sgd(0.0), key, (32, 32, 3))
     chex.assert_trees_all_close(jax.device_get(state.params), fresh.params, atol=1e-6)
     train = fr.load_dataset("digits", "train[:264]", config.data_dir)
@@ -299,13 +303,13 @@ def test_weights_and_batches_are_those_of_the_seed(config, tmp_path):
 
 def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
     seen = []
-    step = loop.Progress.step
+    step = Progress.step
 
     def noted(self, epoch, images, loss, accuracy):
         seen.append((epoch, loss.item(), accuracy.item()))
         step(self, epoch, images, loss, accuracy)
 
-    monkeypatch.setattr(loop.Progress, "step", noted)
+    monkeypatch.setattr(Progress, "step", noted)
     fr.train(changed(config, num_epochs=2), tmp_path)
     for record in read_metrics(tmp_path):
         epoch = [values for number, *values in seen if number == record["epoch"]]
@@ -358,7 +362,7 @@ def test_memory_that_is_not_enough_is_one_line(config, tmp_path, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
-    monkeypatch.setattr(loop, "_run_epoch", fail)
+    monkeypatch.setattr(Loop, "run", fail)
     with pytest.raises(fr.InputError, match=r"the memory is not enough: .*accumulation_steps=2"):
         fr.train(config, tmp_path)
 
@@ -514,7 +518,7 @@ def test_infinite_loss_stops_the_run(config, tmp_path):
 )
 def test_histogram_of_any_numbers(tmp_path, values):
     values = np.array(values, np.float32)
-    writer = tensorboard.open_writer(tmp_path, [])
+    writer = tensorboard.open_writer(tmp_path, 0)
     unknown = np.array([np.inf, 0])
     tensorboard.write_histograms(
         writer, 3, {"bn1": {"scale": values}}, {"conv1": {"kernel": unknown}}

@@ -1,0 +1,144 @@
+"""Examples of one's own: arrays, or anything that gives an example by its number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from flax_resnet.data.datasets import Dataset
+from flax_resnet.errors import InputError, short_reason
+from flax_resnet.progress import bar
+
+
+@runtime_checkable
+class Examples(Protocol):
+    """Random access, as Grain has it: what `fr.train` takes as a split beside `fr.Dataset`.
+
+    Attributes:
+      class_names: one name a class.
+    """
+
+    class_names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Mapping[str, Any]:
+        """Example i: "image", uint8 [H, W, C] or [H, W] or a PIL image, and "label", an int."""
+        ...
+
+
+class ExampleSource:
+    """A split of `Examples`, read as `Source` reads one from disk.
+
+    Processes that read ahead pickle it, so the examples have to be such that they can be.
+
+    Attributes:
+      image_shape: (H, W, C), of the first image.
+      class_names: one name a class.
+
+    Raises (when made):
+      InputError: if there is no example, or the first one is none.
+    """
+
+    can_be_streamed = True
+
+    def __init__(self, examples: Examples):
+        self._examples = examples
+        self.class_names = tuple(examples.class_names)
+        if not len(examples):
+            raise InputError(f"{self.name} has no examples")
+        self.image_shape = self._example(0)[0].shape
+
+    @property
+    def name(self) -> str:
+        """Of its class."""
+        return type(self._examples).__name__
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images and labels."""
+        return len(self) * (int(np.prod(self.image_shape)) + 4)
+
+    def load(self) -> Dataset:
+        """The split in memory.
+
+        Raises:
+          InputError: as `read`.
+        """
+        images = np.empty((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+        for i in bar(range(len(self)), len(self), f"reading {self.name}", unit=" images"):
+            images[i], labels[i] = self._checked(i)
+        return Dataset(images, labels, self.class_names)
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images, uint8 [n, H, W, C], and labels, int32 [n], of some examples.
+
+        Raises:
+          InputError: if one cannot be read, has another shape or a label that is no class.
+        """
+        images, labels = zip(*map(self._checked, index.tolist()), strict=True)
+        return np.stack(images), np.array(labels, np.int32)
+
+    def _checked(self, i: int) -> tuple[np.ndarray, int]:
+        image, label = self._example(i)
+        if image.shape != self.image_shape:
+            raise InputError(
+                f"the images of {self.name} differ in shape: {list(self.image_shape)} at first, "
+                f"{list(image.shape)} in example {i}"
+            )
+        _check_range(self.name, np.array([label]), len(self.class_names), i)
+        return image, label
+
+    def _example(self, i: int) -> tuple[np.ndarray, int]:
+        try:
+            example = self._examples[i]
+            image, label = np.asarray(example["image"]), np.asarray(example["label"])
+        except Exception as error:  # of whatever the examples come from
+            raise InputError(
+                f"example {i} of {self.name} cannot be read: {type(error).__name__}: "
+                f"{short_reason(error)}"
+            ) from error
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise InputError(
+                f"an image is uint8 [H, W, C] or [H, W]; example {i} of {self.name} has "
+                f"{image.dtype} {list(image.shape)}"
+            )
+        if label.shape or not np.issubdtype(label.dtype, np.integer):
+            raise InputError(
+                f"a label is an int; example {i} of {self.name} has {label.dtype} "
+                f"{list(label.shape)}"
+            )
+        return image.reshape(*image.shape[:2], -1), int(label)
+
+
+def checked(dataset: Dataset) -> Dataset:
+    """Arrays that somebody has made, fit for training: labels as int32.
+
+    Raises:
+      InputError: if they are no images and labels, or a label is no class.
+    """
+    images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
+    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
+        raise InputError(
+            f"images are uint8 [N, H, W, C], these are {images.dtype} {list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"labels of {len(images)} images are int [{len(images)}], these are {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    _check_range("the data", labels, len(dataset.class_names))
+    return Dataset(images, labels.astype(np.int32), tuple(dataset.class_names))
+
+
+def _check_range(name: str, labels: np.ndarray, classes: int, first: int = 0) -> None:
+    (wrong,) = np.nonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise InputError(
+            f"label {labels[wrong[0]]} of example {first + wrong[0]} in {name} is not one of its "
+            f"{classes} classes: labels are 0 to {classes - 1}"
+        )

@@ -1,0 +1,74 @@
+"""mixup and cutmix of a batch, on the device, inside the compiled step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+def mix(
+    images: Float[Array, "n h w c"],
+    labels: Int[Array, " n"],
+    keys: Key[Array, " n"],
+    *,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+) -> tuple[Float[Array, "n h w c"], Int[Array, " n"], Float[Array, " n"]]:
+    """Mixes each image with the one before it in the batch.
+
+    The loss is then share * loss(logits, labels) + (1 - share) * loss(logits, other labels), as
+    in both papers. Each image has its own share and place, by its own key.
+
+    Args:
+      images: [N, H, W, C], normalised.
+      labels: int32 [N].
+      keys: of each image.
+      mixup: alpha of mixup, share * image + (1 - share) * other with share from Beta(alpha,
+        alpha); 0 for none. (H. Zhang et al., arXiv:1710.09412, section 2.)
+      cutmix: alpha of cutmix, in which a rectangle of the other covers 1 - share of the image,
+        less where it goes beyond the edge; 0 for none. (S. Yun et al., arXiv:1905.04899,
+        section 3.1.) With both above 0 each image gets one of the two, with equal chances.
+
+    Returns:
+      The images, the others' labels, int32 [N], and the shares, float32 [N].
+    """
+    others, other_labels = (jnp.roll(array, 1, axis=0) for array in (images, labels))
+    one = partial(_mix_one, mixup=mixup, cutmix=cutmix)
+    mixed, share = jax.vmap(one)(images, others, keys)
+    return mixed, other_labels, share
+
+
+def _mix_one(image, other, key, *, mixup, cutmix):
+    """An image [H, W, C] mixed, and its share."""
+    choice, share_key, place = jax.random.split(key, 3)
+    if not cutmix:
+        return _mean(image, other, jax.random.beta(share_key, mixup, mixup))
+    share = jax.random.beta(share_key, cutmix, cutmix)
+    pasted = _paste(image, other, share, place)
+    if not mixup:
+        return pasted
+    mean = _mean(image, other, jax.random.beta(share_key, mixup, mixup))
+    takes_mean = jax.random.bernoulli(choice)
+    return jax.tree.map(partial(jnp.where, takes_mean), mean, pasted)
+
+
+def _mean(image, other, share):
+    return share * image + (1 - share) * other, share
+
+
+def _paste(image, other, share, key):
+    """The image with a rectangle of the other, whose centre is uniform over the pixels."""
+
+    def covered(size, centre):
+        half = jnp.floor(size * jnp.sqrt(1 - share)) // 2  # the sides are in proportion
+        pixels = jnp.arange(size)
+        return (centre - half <= pixels) & (pixels < centre + half)
+
+    height, width, _ = image.shape
+    rows, columns = (
+        covered(size, jax.random.randint(one, (), 0, size))
+        for size, one in zip((height, width), jax.random.split(key), strict=True)
+    )
+    inside = rows[:, None] & columns[None, :]
+    return jnp.where(inside[..., None], other, image), 1 - inside.mean(dtype=jnp.float32)

@@ -1,0 +1,254 @@
+"""A run before its first step: all that its config, and what a script brings, come to."""
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flax_resnet.errors import InputError, short_reason
+from flax_resnet.models import ResNet, create_model, native
+from flax_resnet.models.registry import Model
+from flax_resnet.models.shapes import variable_shapes
+from flax_resnet.training import files, hosts
+from flax_resnet.training.compilation import keep_compiled_programs
+from flax_resnet.training.config import Config
+from flax_resnet.training.data import Data, open_data
+from flax_resnet.training.initial import Weights, fit_initial, read_initial
+from flax_resnet.training.mesh import make_mesh, platform
+from flax_resnet.training.optimizer import learning_rate_schedule, make_optimizer
+from flax_resnet.training.own import Augment, Own
+from flax_resnet.training.steps import Loss, cross_entropy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same from the first step of a run to the last.
+
+    Attributes:
+      config: of the run.
+      workdir: its folder.
+      brought: by name, what a script has brought in place of what the config names.
+      mesh: the devices.
+      data: the two splits.
+      model: takes images and `train`.
+      initial: weights to start from, where they are not random.
+      loss: of each example in training.
+      test_loss: of each example in evaluation.
+      augment: a script's own; None for the config's.
+      optimizer: what it does not freeze it changes.
+      learning_rate: by the number of the step; None where a script's optimizer has its own.
+      total_steps: length of the run.
+    """
+
+    config: Config
+    workdir: Path
+    brought: dict[str, str]
+    mesh: Mesh
+    data: Data
+    model: nn.Module
+    initial: Weights
+    loss: Loss
+    test_loss: Loss
+    augment: Augment | None
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule | None
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.data.train) // self.config.batch_size
+
+    @property
+    def num_epochs(self) -> int:
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    @property
+    def model_name(self) -> str:
+        return self.brought.get("model", self.config.model)
+
+    @property
+    def scans_blocks(self) -> bool:
+        return isinstance(self.model, ResNet) and self.model.scan_blocks
+
+    def learning_rate_of(self, step: int) -> float | None:
+        """Of a step, counted from 0."""
+        return None if self.learning_rate is None else float(jnp.asarray(self.learning_rate(step)))
+
+
+def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
+    """Opens and builds all that a run needs; what cannot work is refused here.
+
+    Raises:
+      InputError: if the folder, the data, the devices or what a script has brought cannot be
+        used, or do not go together.
+    """
+    files.check_workdir(workdir, config, own.names)
+    state_dict = read_initial(config, workdir)
+    mesh = make_mesh(config.batch_size, config.accumulation_steps)
+    if jax.process_count() == 1:
+        # Of several the first alone would write, and find at the next start what the others
+        # compile anew. On GPUs they would then wait for what it finds out while it compiles.
+        keep_compiled_programs()
+    if mesh.size == 1 and platform(mesh) == "cpu":
+        # Its convolutions are compiled while the data is opened.
+        threading.Thread(target=native.load, daemon=True).start()
+    data = hosts.first_host_first("data", partial(open_data, config, mesh, own.data))
+    _check_sizes(config, data, own)
+    steps_per_epoch = len(data.train) // config.batch_size
+    total_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    model = _choose_model(config, data, mesh, own)
+    initial: Weights = {}
+    if state_dict is not None:
+        initial = fit_initial(config, model, state_dict, data.train.image_shape)
+    optimizer, learning_rate = _choose_optimizer(
+        config,
+        own,
+        learning_rate_schedule(config, steps_per_epoch=steps_per_epoch, total_steps=total_steps),
+    )
+    plan = Plan(
+        config=config,
+        workdir=workdir,
+        brought=own.names,
+        mesh=mesh,
+        data=data,
+        model=model,
+        initial=initial,
+        loss=own.loss or partial(cross_entropy, label_smoothing=config.label_smoothing),
+        test_loss=own.loss or cross_entropy,
+        augment=own.augment,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+    )
+    _check_shapes(plan)
+    return plan
+
+
+def build_model(config: Config, num_classes: int, mesh: Mesh) -> Model:
+    """The model of a config; dtype "auto" is that of `fastest_dtype`."""
+    dtype = fastest_dtype(mesh.devices.flat[0]) if config.dtype == "auto" else config.dtype
+    fields: dict[str, Any] = dict(config.model_fields) | {"frozen": config.freeze}
+    if config.batch_norm == "per_replica":
+        fields["bn_splits"] = mesh.size
+    return create_model(config.model, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
+
+
+def fastest_dtype(device: Any) -> str:
+    """bfloat16 on a TPU, and on a GPU whose convolutions know it: Ampere and newer."""
+    if device.platform == "gpu":
+        capability = str(device.compute_capability)  # of AMD's the architecture, e.g. gfx90a
+        is_old = not capability.startswith("gfx") and float(capability) < 8
+        return "float32" if is_old else "bfloat16"
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def _choose_model(config: Config, data: Data, mesh: Mesh, own: Own) -> nn.Module:
+    if own.model is not None:
+        for key, usual in (("batch_norm", "global"), ("freeze", ()), ("init_from", None)):
+            if getattr(config, key) != usual:
+                raise InputError(f"{key} is for the models of this library, not for one's own")
+        return own.model
+    model = build_model(config, len(data.train.class_names), mesh)
+    try:
+        variable_shapes(model, data.train.image_shape)
+    except ValueError as error:
+        raise InputError(f"{config.model} cannot be trained so: {short_reason(error)}") from error
+    return model
+
+
+def _choose_optimizer(
+    config: Config, own: Own, schedule: optax.Schedule
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    if own.optimizer is None:
+        return make_optimizer(config, schedule), schedule
+    if isinstance(own.optimizer, optax.GradientTransformation):
+        return own.optimizer, None
+    optimizer = _attempt("optimizer", partial(own.optimizer, schedule))
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise InputError(
+            f"optimizer gives a {type(optimizer).__name__} for a learning rate, not an "
+            "optax.GradientTransformation"
+        )
+    return optimizer, schedule
+
+
+def _check_sizes(config: Config, data: Data, own: Own) -> None:
+    if len(data.train) < config.batch_size:
+        raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
+    pixels = max(data.train.image_shape[:2])
+    for key in () if own.augment else ("crop_padding", "cutout"):
+        if getattr(config, key) > pixels:
+            raise InputError(
+                f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"
+            )
+    if not all(data.std):
+        raise InputError(f"a channel of {data.name} is the same in all training images")
+
+
+def _check_shapes(plan: Plan) -> None:
+    """Refuses what of a script's own cannot work, before anything is computed."""
+    size, classes = plan.config.batch_size, len(plan.data.train.class_names)
+    images = jax.ShapeDtypeStruct((size, *plan.data.train.image_shape), jnp.uint8)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    if plan.augment is not None:
+        images = _shape_of("augment", plan.augment, images, keys)
+        if images.ndim != 4 or images.shape[0] != size:
+            raise InputError(f"augment gives {_words(images)}, not images [{size}, H, W, C]")
+    if "model" in plan.brought:
+        variables = _attempt(
+            "model", partial(variable_shapes, plan.model, plan.data.train.image_shape)
+        )
+        if others := sorted(set(variables) - {"params", "batch_stats"}):
+            raise InputError(
+                f"model {plan.model_name} has the collections {', '.join(others)}; params and "
+                "batch_stats are what is trained and kept"
+            )
+        logits = _shape_of(
+            f"model {plan.model_name}",
+            partial(plan.model.apply, train=False),
+            variables,
+            jax.ShapeDtypeStruct(images.shape, jnp.float32),
+        )
+        if logits.shape != (size, classes):
+            raise InputError(
+                f"model {plan.model_name} gives {_words(logits)} for {size} images of {classes} "
+                f"classes, not logits [{size}, {classes}]"
+            )
+    if "loss" in plan.brought:
+        logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
+        losses = _shape_of("loss", plan.loss, logits, jax.ShapeDtypeStruct((size,), jnp.int32))
+        if losses.shape != (size,):
+            raise InputError(
+                f"loss gives {_words(losses)} for {size} examples, not one number for each, "
+                f"[{size}]"
+            )
+
+
+def _shape_of(what: str, function: Callable[..., Any], *arguments: Any) -> jax.ShapeDtypeStruct:
+    result = _attempt(what, partial(jax.eval_shape, function, *arguments))
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise InputError(f"{what} gives a {type(result).__name__}, not an array")
+    return result
+
+
+def _attempt(what: str, function: Callable[[], Any]) -> Any:
+    """What a script's own gives; its errors in a line."""
+    try:
+        return function()
+    except Exception as error:
+        raise InputError(
+            f"{what} cannot be used: {type(error).__name__}: {short_reason(error)}"
+        ) from error
+
+
+def _words(array: jax.ShapeDtypeStruct) -> str:
+    return f"{array.dtype}{list(array.shape)}"

@@ -1,0 +1,37 @@
+"""JAX's profiler over a few steps of a run."""
+
+from typing import Any
+
+import jax
+
+from flax_resnet.training.plan import Plan
+
+
+class Profiler:
+    """Traces the steps that `profile_steps` names, for the Profile tab of TensorBoard.
+
+    Steps that are one call are traced together.
+    """
+
+    def __init__(self, plan: Plan):
+        self._folder = str(plan.workdir)
+        self._first, self._stop = plan.config.profile_steps or (0, 0)
+        self._tracing = False
+
+    def before(self, step: int, count: int) -> None:
+        """Steps `step` to `step + count - 1`, counted from 0, are next."""
+        if not self._tracing and step < self._stop and step + count > self._first:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+
+    def after(self, step: int, state: Any) -> None:
+        """The step before `step` is begun, and gives this state."""
+        if self._tracing and step >= self._stop:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
