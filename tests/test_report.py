@@ -92,11 +92,11 @@ def test_runs_in_one_another(finished, run_copy, tmp_path):
 
 
 def test_hostile_names_are_text(run_copy, monkeypatch):
-    load = report.load_run
+    load = report.open_run
     names = (HOSTILE, *"123456789")
-    monkeypatch.setattr(report, "open_test_set", lambda run, _: open_test_set(load(run_copy)))
+    monkeypatch.setattr(report, "open_test_set", lambda *_: open_test_set(load(run_copy, "newest")))
     monkeypatch.setattr(
-        report, "load_run", lambda *a: dataclasses.replace(load(*a), class_names=names)
+        report, "open_run", lambda *a: dataclasses.replace(load(*a), class_names=names)
     )
     config = json.loads((run_copy / "config.json").read_text())
     config["train_split"] = HOSTILE
@@ -155,7 +155,7 @@ def test_mistakes_come_with_the_surest_first(run, rng):
 
 
 def test_without_data_the_rest_is_shown(run_copy, monkeypatch):
-    def no_data(run, data_dir):
+    def no_data(*_):
         raise fr.InputError("no data and no network")
 
     monkeypatch.setattr(report, "open_test_set", no_data)

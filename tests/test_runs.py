@@ -13,7 +13,7 @@ import pytest
 import flax_resnet as fr
 from flax_resnet import runs
 from flax_resnet.data import normalize
-from flax_resnet.training import check_config, checkpoint
+from flax_resnet.training import check_config, checkpoint_files
 from flax_resnet.training.checkpoint_files import choose_checkpoint
 
 
@@ -80,7 +80,7 @@ def test_checkpoint_that_a_run_deletes_meanwhile(run_copy, monkeypatch):
             shutil.rmtree(folder)
             return "state/manifest.ocdbt is missing"
 
-    monkeypatch.setattr(checkpoint, "damage_of", damage_of)
+    monkeypatch.setattr(checkpoint_files, "damage_of", damage_of)
     monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
     assert fr.load_run(run_copy, "newest").step == 24
 

@@ -18,7 +18,8 @@ class Examples(Protocol):
       class_names: one name a class.
     """
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 

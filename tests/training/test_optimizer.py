@@ -152,3 +152,96 @@ def test_weight_decay_leaves_out_norms_and_biases_on_request():
             "fc": {"kernel": -0.5, "bias": small},
         }
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def updated(config, initial, gradients):
+    """Parameters after these gradients with a constant learning rate."""
+    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
+    params: Any = jax.tree.map(jnp.float32, initial)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def drawn(rng):
+    """Parameters, and ten gradients of them of growing length."""
+    initial = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
+    gradients = [
+        {name: (i + 1) / 5 * rng.normal(size=v.shape) for name, v in initial.items()}
+        for i in range(10)
+    ]
+    return initial, gradients
+
+
+@pytest.mark.parametrize(("name", "clip_norm"), [("adamw", None), ("adamw", 1.5), ("sgd", 1.5)])
+def test_adamw_and_clipping_are_those_of_torch(rng, name, clip_norm):
+    initial, gradients = drawn(rng)
+    config = Config(optimizer=name, learning_rate=0.03, weight_decay=0.1, clip_norm=clip_norm)
+    twins = [torch.tensor(v, requires_grad=True) for v in initial.values()]
+    twin = torch.optim.AdamW(twins, lr=0.03, weight_decay=0.1)
+    if name == "sgd":
+        twin = torch.optim.SGD(twins, lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.1)
+    for gradient in gradients:
+        for v, g in zip(twins, gradient.values(), strict=True):
+            v.grad = torch.tensor(g)
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(twins, clip_norm)
+        twin.step()
+    ours = updated(config, initial, gradients)
+    for v, one in zip(twins, ours.values(), strict=True):
+        np.testing.assert_allclose(one, v.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_lars_is_that_of_its_paper(rng):
+    """You et al., arXiv:1708.03888, algorithm 1; without rates of its own for biases."""
+    initial, gradients = drawn(rng)
+    config = Config(optimizer="lars", learning_rate=2.0, weight_decay=0.1, nesterov=False)
+    w, v = initial["kernel"], 0.0
+    b, u = initial["bias"], 0.0
+    for gradient in gradients:
+        g = gradient["kernel"] + 0.1 * w
+        local = 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
+        v = 0.9 * v + 2.0 * local * g
+        u = 0.9 * u + 2.0 * (gradient["bias"] + 0.1 * b)
+        w, b = w - v, b - u
+    ours = updated(config, initial, gradients)
+    np.testing.assert_allclose(ours["kernel"], w, rtol=1e-4)
+    np.testing.assert_allclose(ours["bias"], b, rtol=1e-4)
+
+
+def test_lamb_is_that_of_its_paper(rng):
+    """You et al., arXiv:1904.00962, algorithm 2, with phi the identity."""
+    initial, gradients = drawn(rng)
+    config = Config(optimizer="lamb", learning_rate=0.05, weight_decay=0.1, decay_bn_and_bias=False)
+    ours = updated(config, initial, gradients)
+    for name, decay in (("kernel", 0.1), ("bias", 0.0)):
+        x, m, v = initial[name], 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            m = 0.9 * m + 0.1 * gradient[name]
+            v = 0.999 * v + 0.001 * gradient[name] ** 2
+            r = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)
+            change = r + decay * x
+            x = x - 0.05 * np.linalg.norm(x) / np.linalg.norm(change) * change
+        np.testing.assert_allclose(ours[name], x, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_every_optimizer_leaves_what_is_frozen(rng, name):
+    initial, gradients = drawn(rng)
+    config = Config(optimizer=name, freeze=("conv1",), clip_norm=1.0)
+
+    def tree(leaves):
+        return {"conv1": leaves, "fc": {"kernel": leaves["kernel"]}}
+
+    ours = updated(config, tree(initial), map(tree, gradients))
+    np.testing.assert_array_equal(ours["conv1"]["bias"], np.float32(initial["bias"]))
+    assert not np.array_equal(ours["fc"]["kernel"], np.float32(initial["kernel"]))
+    # The length that is clipped is that of what is trained alone.
+    alone = updated(
+        dataclasses.replace(config, freeze=()),
+        {"fc": {"kernel": initial["kernel"]}},
+        [{"fc": {"kernel": gradient["kernel"]}} for gradient in gradients],
+    )
+    np.testing.assert_allclose(ours["fc"]["kernel"], alone["fc"]["kernel"], rtol=1e-6)

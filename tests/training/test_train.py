@@ -338,7 +338,7 @@ def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatc
 
 def test_many_steps_a_call(config, tmp_path, monkeypatch):
     """As on GPU and TPU, where three steps a call and two more by themselves make an epoch."""
-    monkeypatch.setattr(feeds, "_takes_many_steps", lambda mesh: True)
+    monkeypatch.setattr(feeds, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
     calls = []
     make = programs.make_train_steps
@@ -499,7 +499,7 @@ def test_sizes_that_do_not_fit(config, tmp_path):
 
 
 def test_a_channel_of_one_value(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(feeds, "channel_statistics", lambda chunks: ((0.5,) * 3, (0.2, 0.2, 0.0)))
+    monkeypatch.setattr(data, "channel_statistics", lambda chunks: ((0.5,) * 3, (0.2, 0.2, 0.0)))
     with pytest.raises(fr.InputError, match="a channel of digits is the same in all training im"):
         fr.train(config, tmp_path)
     assert not any(tmp_path.iterdir())

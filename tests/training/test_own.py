@@ -1,0 +1,482 @@
+"""A model, data, a loss, an optimizer and augmentation of a script's own, in the trainer."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import flax_resnet as fr
+from flax_resnet import evaluate, predict
+from flax_resnet.data import ExampleSource, checked, epoch_order
+from flax_resnet.report import write_report
+from flax_resnet.training import cross_entropy
+from tests.training.test_train import read_metrics, train_until, without_timing
+
+CLASSES = ("dark", "bright", "red")
+CONFIG = {"batch_size": 16, "num_epochs": 2, "learning_rate": 0.01, "crop_padding": 0}
+
+
+class CNN(nn.Module):
+    """Two convolutions, without BatchNorm."""
+
+    features: int = 4
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.Conv(self.features, (3, 3))(x))
+        x = nn.Dropout(0.1, deterministic=not train)(nn.relu(nn.Conv(4, (3, 3), 2)(x)))
+        return nn.Dense(len(CLASSES))(x.mean((1, 2)))
+
+
+def focal_loss(logits, labels):
+    """T.-Y. Lin et al., arXiv:1708.02002, section 3.2, with gamma 2."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return (1 - jnp.exp(-losses)) ** 2 * losses
+
+
+def brighter(images, keys):
+    """Each image times a number of its own."""
+    factors = jax.vmap(partial(jax.random.uniform, minval=0.8, maxval=1.0))(keys)
+    return images * factors[:, None, None, None]
+
+
+def arrays(count, size=8):
+    rng = np.random.default_rng(count)
+    labels = rng.integers(0, 3, count)
+    images = rng.integers(0, 100, (count, size, size, 3), dtype=np.uint8)
+    images[labels == 1] += 120
+    images[labels == 2, ..., 0] += 120
+    return fr.Dataset(images, labels, CLASSES)
+
+
+class Listed:
+    """As a map-style data set of PyTorch or Hugging Face, with an adapter."""
+
+    class_names = CLASSES
+
+    def __init__(self, dataset):
+        self.examples = list(zip(dataset.images, dataset.labels, strict=True))
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, i):
+        image, label = self.examples[i]
+        return {"image": Image.fromarray(image), "label": label}
+
+
+DATA = arrays(50), arrays(20)
+OWN: dict[str, Any] = {
+    "model": CNN(),
+    "data": DATA,
+    "loss": focal_loss,
+    "optimizer": optax.adamw,
+    "augment": brighter,
+}
+
+
+def own_but(**others: Any) -> dict[str, Any]:
+    return OWN | others
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
+    """(folder, state) of a run in which everything is its script's own."""
+    folder = tmp_path_factory.mktemp("own")
+    return folder, fr.train(CONFIG, folder, **OWN)
+
+
+def test_all_of_ones_own_is_the_same_training_by_hand(own_run):
+    """Against Flax, Optax and NumPy alone, from the first weights on."""
+    from flax_resnet.training.programs import random_keys
+
+    folder, state = own_run
+    train, test = DATA
+    keys = random_keys(0)
+    model = CNN()
+    x = train.images / 255
+    mean, std = x.mean((0, 1, 2)), x.std((0, 1, 2))
+    params = model.init(keys.init, jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+    total, step = 6, 0
+    schedule = optax.cosine_decay_schedule(0.01, total)
+    optimizer = optax.adamw(schedule)
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def update(params, opt_state, images, labels, step):
+        def loss(params):
+            rngs = {"dropout": jax.random.fold_in(keys.dropout, step)}
+            logits = model.apply({"params": params}, images, train=True, rngs=rngs)
+            return focal_loss(logits, labels).mean()
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    losses = []
+    for epoch in range(2):
+        order = epoch_order(0, epoch, 50)
+        epoch_key = jax.random.fold_in(keys.augmentation, epoch)
+        for start in (0, 16, 32):
+            index = order[start : start + 16]
+            of_each = jax.vmap(partial(jax.random.fold_in, epoch_key))(index)
+            images = brighter(jnp.float32(train.images[index]), of_each)
+            images = jnp.float32((images / 255 - mean) / std)
+            params, opt_state, value = update(
+                params, opt_state, images, jnp.asarray(train.labels[index]), step
+            )
+            losses.append(float(value))
+            step += 1
+    chex.assert_trees_all_close(jax.device_get(state.params), params, rtol=1e-4, atol=1e-5)
+    records = read_metrics(folder)
+    np.testing.assert_allclose(
+        [r["train_loss"] for r in records], np.reshape(losses, (2, 3)).mean(1), rtol=1e-4
+    )
+    pixels = jnp.float32((test.images / 255 - mean) / std)
+    logits: Any = model.apply({"params": params}, pixels, train=False)
+    losses = np.asarray(focal_loss(logits, test.labels))
+    assert records[-1]["test_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    accuracy = (np.asarray(logits).argmax(-1) == test.labels).mean()
+    assert records[-1]["test_accuracy"] == pytest.approx(accuracy)
+    assert records[-1]["learning_rate"] == pytest.approx(float(jnp.asarray(schedule(5))))
+
+
+def test_config_says_by_name_what_was_brought(own_run):
+    stored = json.loads((own_run[0] / "config.json").read_text())
+    assert stored["brought"] == {
+        "model": "CNN",
+        "data": "Dataset, Dataset",
+        "loss": "focal_loss",
+        "optimizer": "adamw",
+        "augment": "brighter",
+    }
+    # What these took the place of would say what is not so.
+    assert not {"model", "dataset", "momentum", "crop_padding", "label_smoothing"} & set(stored)
+
+
+def test_stopped_run_goes_on_to_the_same_bits(own_run, tmp_path, monkeypatch):
+    folder, expected = own_run
+    monkeypatch.setattr(fr, "train", partial(fr.train, **OWN))
+    train_until(2, CONFIG, tmp_path, monkeypatch)
+    state = fr.train(CONFIG, tmp_path)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    assert without_timing(read_metrics(tmp_path)) == without_timing(read_metrics(folder))
+
+
+SCRIPT = """
+    import sys
+    import flax.linen as nn, jax.numpy as jnp, numpy as np, optax
+    import flax_resnet as fr
+    from flax_resnet.report import write_report
+
+    class CNN(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(nn.Conv(8, (3, 3), 2)(x))
+            x = nn.relu(nn.Conv(16, (3, 3), 2)(x))
+            return nn.Dense(2)(x.mean((1, 2)))
+
+    def focal_loss(logits, labels):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return (1 - jnp.exp(-losses)) ** 2 * losses
+
+    def make(count):
+        images = np.random.default_rng(count).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+        return fr.Dataset(images, (images.mean((1, 2, 3)) > 127.5).astype(int), ("dark", "bright"))
+
+    if __name__ == "__main__":
+        config = {"batch_size": 32, "num_epochs": int(sys.argv[2]), "learning_rate": 0.01}
+        own = {"data": (make(320), make(64)), "loss": focal_loss, "optimizer": optax.adamw}
+        fr.train(config, sys.argv[1], model=CNN(), **own)
+        write_report([sys.argv[1]], model=CNN(), data=make(64))
+"""
+
+
+def test_script_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    assert len([line for line in script.read_text().splitlines() if line]) <= 25
+
+    def start(folder) -> Any:
+        command = [sys.executable, script, tmp_path / folder, "6"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    with start("killed") as process:
+        for line in process.stderr:
+            if line.startswith("epoch 3/"):
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    for folder in ("killed", "whole"):
+        with start(folder) as process:
+            said = process.stderr.read()
+        assert process.returncode == 0, said
+        assert ("0 of them done" in said) == (folder == "whole")
+    whole, killed = (
+        fr.load_run(tmp_path / name, "newest", model=_cnn()) for name in ("whole", "killed")
+    )
+    chex.assert_trees_all_equal(whole.variables, killed.variables)
+    assert without_timing(whole.records) == without_timing(killed.records)
+    report = (tmp_path / "killed" / "report.html").read_text()
+    for shown in ("CNN, of its own", "focal_loss, of its own", "bright", "of 64 images"):
+        assert shown in report
+
+
+def _cnn():
+    scope: dict[str, Any] = {"__name__": "script"}
+    exec(textwrap.dedent(SCRIPT), scope)
+    return scope["CNN"]()
+
+
+# Data.
+
+
+def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path):
+    _, expected = own_run
+    for feed, workers in (("auto", 0), ("stream", 0), ("stream", 1)):
+        config = CONFIG | {"data_feed": feed, "stream_workers": workers}
+        own = own_but(data=tuple(map(Listed, DATA)))
+        state = fr.train(config, tmp_path / f"{feed}{workers}", **own)
+        chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+
+
+def test_arrays_can_be_streamed(own_run, tmp_path):
+    state = fr.train(CONFIG | {"data_feed": "stream"}, tmp_path, **OWN)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(own_run[1]))
+
+
+def test_grey_images_get_an_axis_of_channels():
+    grey = fr.Dataset(np.zeros((2, 5, 4), np.uint8), np.array([0, 1]), CLASSES)
+    assert ExampleSource(Listed(grey)).load().images.shape == (2, 5, 4, 1)
+
+
+IMAGES, LABELS = DATA[0].images, DATA[0].labels
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            fr.Dataset(IMAGES / 255, LABELS, CLASSES),
+            r"images are uint8 \[N, H, W, C\], these are fl",
+        ),
+        (fr.Dataset(IMAGES[..., 0], LABELS, CLASSES), r"these are uint8 \[50, 8, 8\]"),
+        (fr.Dataset(IMAGES[:0], LABELS[:0], CLASSES), r"these are uint8 \[0, 8, 8, 3\]"),
+        (fr.Dataset(IMAGES, LABELS[1:], CLASSES), r"labels of 50 images are int \[50\], these are"),
+        (fr.Dataset(IMAGES, LABELS / 1.0, CLASSES), r"these are float64 \[50\]"),
+        (fr.Dataset(IMAGES, LABELS + 1, CLASSES), r"label 3 of example \d+ .* labels are 0 to 2"),
+        (fr.Dataset(IMAGES, LABELS - 1, CLASSES), r"label -1 of example \d+ .* of its 3 classes"),
+    ],
+)
+def test_arrays_that_are_no_images_and_labels(dataset, message):
+    with pytest.raises(fr.InputError, match=message):
+        checked(dataset)
+
+
+def listed(**changes):
+    examples = Listed(DATA[0])
+    for i, change in changes.items():
+        examples.examples[int(i[1:])] = change
+    return examples
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (
+            listed(_7=(np.zeros((9, 8, 3), np.uint8), 0)),
+            r"differ in shape: \[8, 8, 3\] .* example 7",
+        ),
+        (listed(_7=(IMAGES[0], 3)), "label 3 of example 7 in Listed is not one of its 3 classes"),
+        (listed(_7=(IMAGES[0], -1)), "label -1 of example 7"),
+        (listed(_7=(IMAGES[0], 1.5)), r"a label is an int; example 7 of Listed has float64 \[\]"),
+        (listed(_7=(IMAGES[0],)), "example 7 of Listed cannot be read: ValueError: not enough"),
+    ],
+)
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_examples_that_are_none(examples, message, feed, tmp_path):
+    config = CONFIG | {"data_feed": feed, "stream_workers": 0}
+    with pytest.raises(fr.InputError, match=message):
+        fr.train(config, tmp_path / "run", model=CNN(), data=(examples, DATA[1]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_splits_that_do_not_belong_together(tmp_path):
+    train, test = DATA
+    others = [
+        (fr.Dataset(test.images[:, 1:], test.labels, CLASSES), "image_shape of Dataset"),
+        (fr.Dataset(test.images, test.labels, ("a", "b", "c")), "class_names of Dataset"),
+    ]
+    for other, message in others:
+        with pytest.raises(fr.InputError, match=message):
+            fr.train(CONFIG, tmp_path, data=(train, other))
+
+
+# What cannot be used is refused before anything is computed.
+
+
+class Unpooled(CNN):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Conv(3, (3, 3))(x)
+
+
+class Counting(CNN):
+    @nn.compact
+    def __call__(self, x, train):
+        self.variable("counts", "calls", lambda: jnp.zeros(()))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class WithoutTrain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"model": CNN}, "model is a flax.linen.Module, not a type"),
+        (
+            {"model": Unpooled()},
+            r"Unpooled gives float32\[16, 8, 8, 3\] for 16 .*not logits \[16, 3\]",
+        ),
+        (
+            {"model": Counting()},
+            "model Counting has the collections counts; params and batch_stats",
+        ),
+        ({"model": WithoutTrain()}, "model cannot be used: TypeError: .*'train'"),
+        ({"loss": 3}, "loss is a function, not a int"),
+        (
+            {"loss": lambda *a: focal_loss(*a).mean()},
+            r"loss gives float32\[\] for 16 examples, not",
+        ),
+        ({"loss": lambda logits: logits}, "loss cannot be used: TypeError: .*2 were given"),
+        ({"optimizer": "adam"}, "optimizer is an optax.GradientTransformation, .*, not a str"),
+        (
+            {"optimizer": lambda rate: rate},
+            "gives a function for a learning rate, not an optax.Grad",
+        ),
+        (
+            {"augment": lambda images, keys: images[0]},
+            r"augment gives uint8\[8, 8, 3\], not images",
+        ),
+        ({"augment": lambda images: images}, "augment cannot be used: TypeError"),
+        ({"data": DATA[0]}, r"data is \(train, test\), .*, not a Dataset"),
+        ({"data": (DATA[0], [1, 2])}, r"not \(a Dataset, a list\)|not \(a Dataset, \(a int"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(own, message, tmp_path):
+    with pytest.raises(fr.InputError, match=message) as refused:
+        fr.train(CONFIG, tmp_path / "run", **{"model": CNN(), "data": DATA} | own)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", [{"batch_norm": "per_replica"}, {"freeze": ("conv1",)}])
+def test_keys_of_our_models_are_refused_with_ones_own(key, tmp_path):
+    with pytest.raises(fr.InputError, match="is for the models of this library"):
+        fr.train(CONFIG | key, tmp_path / "run", model=CNN(), data=DATA)
+
+
+@pytest.mark.parametrize("missing", OWN)
+def test_resume_without_what_was_brought_is_refused(own_run, missing):
+    folder, _ = own_run
+    own = {name: value for name, value in OWN.items() if name != missing}
+    if missing == "data":
+        own["model"] = OWN["model"]
+    with pytest.raises(
+        fr.InputError,
+        match=rf"run with a {missing} of its own, .*: give it to fr.train as {missing}=",
+    ):
+        fr.train(CONFIG, folder, **own)
+
+
+def test_resume_with_another_is_refused(own_run, tmp_path):
+    folder, _ = own_run
+    with pytest.raises(fr.InputError, match="with focal_loss for its loss, not cross_entropy"):
+        fr.train(CONFIG, folder, **own_but(loss=cross_entropy))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(
+        fr.InputError,
+        match=r"of another model: .*Conv_0.bias float32\[4\], expected float32\[5\].* and \d+ more",
+    ):
+        fr.train(CONFIG, copy, **own_but(model=CNN(features=5)))
+
+
+def test_what_was_brought_to_a_run_without_is_refused(finished, config):
+    with pytest.raises(fr.InputError, match="run with the config for its loss, not focal_loss"):
+        fr.train(config, finished[0], loss=focal_loss)
+
+
+def test_optimizer_with_a_rate_of_its_own(tmp_path):
+    fr.train(CONFIG, tmp_path, model=CNN(), data=DATA, optimizer=optax.adam(0.01))
+    assert [record["learning_rate"] for record in read_metrics(tmp_path)] == [None, None]
+    assert fr.load_run(tmp_path, model=CNN()).records[0]["learning_rate"] is None
+
+
+# Its folder.
+
+
+def test_programs_say_what_is_missing(own_run, call, tmp_path):
+    folder, _ = own_run
+    for module, arguments in ((evaluate, ()), (predict, ["x.png"])):
+        code, _, said = call(module, "--workdir", folder, *arguments)
+        assert code == 2
+        assert "has a model of its own, CNN: in Python fr.load_run(workdir, model=...)" in said
+    path = write_report([folder], tmp_path / "without.html")
+    assert "its model, CNN, is its script&#39;s own" in path.read_text()
+    path = write_report([folder], tmp_path / "with.html", model=CNN(), data=DATA[1])
+    assert "of 20 images" in path.read_text()
+
+
+def test_run_is_opened_and_evaluated_with_its_model(own_run):
+    folder, state = own_run
+    run = fr.load_run(folder, "newest", model=CNN())
+    chex.assert_trees_all_equal(run.variables["params"], jax.device_get(state.params))
+    result = evaluate.evaluate(run, evaluate.open_test_set(run, own=DATA[1]))
+    assert result.correct.mean() == pytest.approx(read_metrics(folder)[-1]["test_accuracy"])
+    with pytest.raises(fr.InputError, match="data of its own, Dataset, Dataset"):
+        evaluate.open_test_set(run)
+    with pytest.raises(fr.InputError, match="is of another model"):
+        fr.load_run(folder, model=CNN(features=5))
+
+
+def test_run_by_name_takes_no_model(finished):
+    with pytest.raises(fr.InputError, match="has its model by name, cifar_resnet8"):
+        fr.load_run(finished[0], model=CNN())
+
+
+def test_memory_is_kept_by_one_line_of_a_script(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\n"
+        "from flax_resnet.memory import keep_memory\n"
+        "if __name__ == '__main__':\n"
+        "    keep_memory()\n"
+        "    import jax\n"
+        "    print(os.environ['GLIBC_TUNABLES'], jax.config.jax_cpu_enable_async_dispatch)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    run = partial(subprocess.run, capture_output=True, text=True, env=environment, check=True)
+    printed = run([sys.executable, script]).stdout
+    assert re.fullmatch(r"glibc\.malloc\.hugetlb=1:\S+ False\n", printed)
+    # What has no file is not started again: there may be nothing left to read.
+    program = "from flax_resnet.memory import *; keep_memory(); print('went on')"
+    assert run([sys.executable, "-"], input=program).stdout == "went on\n"
