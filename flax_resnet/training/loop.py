@@ -59,7 +59,7 @@ class Loop:
                 if self.signals.ask():
                     self._stop()
                 self._advance()
-                if self.checkpoints.is_due() and self._step < self._end_of_epoch:
+                if self._step < self._end_of_epoch and self.checkpoints.is_due():
                     self._fetch_all()
                     self._save()
             self._fetch_all()
