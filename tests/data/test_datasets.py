@@ -1,15 +1,13 @@
 """Reading, preparing, splitting and caching of data sets, and what can go wrong."""
 
-import http.server
 import io
 import json
-import tarfile
-import threading
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -98,8 +96,8 @@ def test_empty_split(digits_dir, split):
 def test_examples_without_a_label(digits_dir, monkeypatch):
     load_whole = datasets._load_whole
 
-    def without_the_third(builder, split):
-        images, labels = load_whole(builder, split)
+    def without_the_third(*arguments):
+        images, labels = load_whole(*arguments)
         return images, np.where(np.arange(len(labels)) == 3, -1, labels)
 
     monkeypatch.setattr(datasets, "_load_whole", without_the_third)
@@ -253,103 +251,18 @@ def test_data_that_has_no_classes(own_digits, label):
     (folder / "dataset_info.json").write_text(info.replace("digits", "others"))
     assert len(load_dataset("others", "test", str(own_digits))) == 360
     tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label}).save_config(folder)
-    with pytest.raises(InputError, match="'others' has no 8-bit `image` with a class"):
+    with pytest.raises(InputError, match="'others' has no class as its `label`; those"):
         load_dataset("others", "test", str(own_digits))
 
 
-# CIFAR-10 without a network.
-
-
-def cifar10_archive(path, rng, train=20, test=4):
-    """Writes random images in the layout of CIFAR-10's binary archive; returns them."""
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
-    splits = []
-    with tarfile.open(path, "w:gz") as tar:
-
-        def add(name, content):
-            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-        add("batches.meta.txt", ("\n".join(names) + "\n\n").encode())
-        for count, files in (
-            (train, [f"data_batch_{i}.bin" for i in range(1, 6)]),
-            (test, ["test_batch.bin"]),
-        ):
-            images = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-            labels = rng.integers(0, 10, count, dtype=np.uint8)
-            planes = images.transpose(0, 3, 1, 2).reshape(count, -1)
-            records = np.concatenate([labels[:, None], planes], 1)
-            for name, part in zip(files, np.split(records, len(files)), strict=True):
-                add(name, part.tobytes())
-            splits.append((images, labels))
-    return names, *splits
-
-
-def test_cifar10_from_a_manual_archive(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(datasets, "_reachable", lambda url: pytest.fail("asked the network"))
-    manual = tmp_path / "downloads" / "manual"
-    manual.mkdir(parents=True)
-    names, *splits = cifar10_archive(manual / "cifar-10-binary.tar.gz", rng)
-    for split, (images, labels) in zip(("train", "test"), splits, strict=True):
-        dataset = load_dataset("cifar10", split, str(tmp_path))
-        assert dataset.class_names == tuple(names)
-        # TFDS shuffles them.
-        ours = {x.tobytes(): y for x, y in zip(dataset.images, dataset.labels, strict=True)}
-        assert ours == {x.tobytes(): y for x, y in zip(images, labels, strict=True)}
-        assert len(dataset) == len(images)
-
-
-@pytest.mark.parametrize("damage", ["cut", "other", "short"])
-def test_damaged_archive(tmp_path, rng, damage):
-    archive = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
-    archive.parent.mkdir(parents=True)
-    cifar10_archive(archive, rng)
-    if damage == "cut":
-        archive.write_bytes(archive.read_bytes()[:30_000])
-    elif damage == "other":
-        archive.write_bytes(b"<html>not found</html>")
-    else:
-        with tarfile.open(archive, "w:gz") as tar:
-            tar.addfile(tarfile.TarInfo("cifar-10-batches-bin/batches.meta.txt"))
-    with pytest.raises(InputError, match="is not CIFAR-10's binary archive, or is damaged"):
-        load_dataset("cifar10", "train", str(tmp_path))
-    # Nothing half-made is left in the way of a sound archive.
-    cifar10_archive(archive, rng)
-    assert len(load_dataset("cifar10", "train", str(tmp_path))) == 20
-
-
-def test_no_data_and_no_network_names_three_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_reachable", lambda url: False)
-    with pytest.raises(InputError, match="no data and no network") as error:
-        load_dataset("cifar10", "train", str(tmp_path))
-    manual = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
-    for way in ("--config.data_dir", str(manual), "configs/digits_resnet8.py"):
-        assert way in str(error.value)
-    assert not any(tmp_path.iterdir())
-    with pytest.raises(InputError, match="no data and no network: mnist"):
-        load_dataset("mnist", "train", str(tmp_path))
-
-
 def test_another_process_that_prepares_the_same_and_is_faster(tmp_path, monkeypatch):
-    prepare = datasets._prepare
+    prepare = datasets.prepare
 
     def be_late(builder):
         prepare(datasets.Digits(data_dir=str(tmp_path)))
         raise InputError("digits cannot be prepared: it is there")
 
-    monkeypatch.setattr(datasets, "_prepare", be_late)
+    monkeypatch.setattr(datasets, "prepare", be_late)
     assert len(load_dataset("digits", "test", str(tmp_path))) == 360
 
 
@@ -359,35 +272,69 @@ def test_preparing_in_a_place_that_cannot_be_written(tmp_path):
         load_dataset("digits", "train", str(tmp_path / "file"))
 
 
-def test_reachable_means_that_a_server_answers():
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.send_error(404)
-
-        def log_message(self, format, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/"
-        assert datasets._reachable(url)
-        server.shutdown()
-    assert not datasets._reachable(url)
+# Pictures as they are found in files.
 
 
-def test_a_name_server_that_never_answers_is_not_waited_for(monkeypatch):
-    asked, answer = threading.Event(), threading.Event()
+class MixedPictures(tfds.core.GeneratorBasedBuilder):
+    """Pictures in files of several kinds."""
 
-    def getaddrinfo(*arguments, **names):
-        asked.set()
-        answer.wait()
-        raise OSError
+    VERSION = tfds.core.Version("1.0.0")
+    files: ClassVar[list[bytes]] = []
 
-    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(datasets, "_SECONDS_TO_ANSWER", 0.5)
-    assert not datasets._reachable("http://example.invalid/")
-    assert asked.is_set()
-    answer.set()
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(4, 6, 3)),
+            "label": tfds.features.ClassLabel(num_classes=9),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, file in enumerate(self.files):
+            yield i, {"image": io.BytesIO(file), "label": i}
+
+
+def file_of(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_pictures_of_every_kind_get_the_channels_that_tfds_tells(tmp_path, rng, monkeypatch):
+    colours = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    gray, alpha, indices = rng.integers(0, 256, (3, 4, 6), dtype=np.uint8)
+    palette = rng.integers(0, 256, (256, 3), dtype=np.uint8)
+    image = Image.fromarray(colours)
+    with_alpha = Image.merge("RGBA", (*image.split(), Image.fromarray(alpha)))
+    indexed = Image.fromarray(indices).convert("P")
+    indexed.putpalette(palette.tobytes())
+    kinds = [
+        (file_of(image), colours),
+        (file_of(image, "BMP"), colours),
+        (file_of(with_alpha), colours),
+        (file_of(Image.fromarray(gray)), np.repeat(gray[..., None], 3, -1)),
+        (file_of(indexed), palette[indices]),
+    ]
+    monkeypatch.setattr(MixedPictures, "files", [file for file, _ in kinds])
+    dataset = load_dataset("mixed_pictures", "train", str(tmp_path))
+    assert sorted(dataset.labels) == [0, 1, 2, 3, 4]
+    for pixels, label in zip(dataset.images, dataset.labels, strict=True):
+        np.testing.assert_array_equal(pixels, kinds[label][1])
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (Image.new("RGB", (4, 6)), "an image of 4 x 6 pixels"),
+        (Image.new("I;16", (6, 4)), "an image of more than 8 bits"),
+    ],
+)
+def test_pictures_that_are_not_what_tfds_tells(picture, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(MixedPictures, "files", [file_of(picture)])
+    with pytest.raises(InputError, match=f"mixed_pictures is damaged: {message}"):
+        load_dataset("mixed_pictures", "train", str(tmp_path))
 
 
 # Statistics.
