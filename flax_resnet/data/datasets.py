@@ -3,9 +3,11 @@
 import hashlib
 import io
 import logging
+import math
 import os
 import struct
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from tensorflow_datasets.core import constants
+from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from flax_resnet.data.builders import Digits
@@ -36,6 +38,10 @@ _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 # Pillow's names for images of 8 bits, by the number of their channels.
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
+# Beyond these, in bytes of an image and in classes, what TFDS tells of its files is damaged.
+_LARGEST = 2**28
+_MOST_CLASSES = 10**6
+
 _Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
 
 
@@ -47,11 +53,17 @@ class Dataset:
       images: uint8 [N, H, W, C].
       labels: int32 [N], indices into class_names.
       class_names: one name a class.
+
+    Raises (when made):
+      InputError: if it does not hold these.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_dataset(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,6 +81,34 @@ class Dataset:
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of some examples, as `Source.read`."""
         return self.images[index], self.labels[index]
+
+
+def check_dataset(data: Dataset) -> None:
+    """Whether this can be trained on; of one's own class too, if it has these attributes.
+
+    Raises:
+      InputError: if `images` is not uint8 [N, H, W, C] with no side 0, `labels` is not N integers
+        below the number of `class_names`, or `class_names` are not strings.
+    """
+    images, labels, names = data.images, data.labels, data.class_names
+    dtype, shape = getattr(images, "dtype", type(images).__name__), np.shape(images)
+    if dtype != np.uint8 or len(shape) != 4 or not min(shape[1:]):
+        raise InputError(
+            f"images must be uint8 of shape [N, H, W, C], from 0 to 255, not {dtype} of shape "
+            f"{list(shape)}"
+        )
+    if np.shape(labels) != shape[:1] or np.asarray(labels).dtype.kind not in "iu":
+        raise InputError(
+            f"labels must be {shape[0]} integers, one an image, not "
+            f"{np.asarray(labels).dtype} of shape {list(np.shape(labels))}"
+        )
+    if not len(names) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
+    if len(labels) and not (np.min(labels) >= 0 and np.max(labels) < len(names)):
+        raise InputError(
+            f"labels must be from 0 to {len(names) - 1}, for {len(names)} class_names, not "
+            f"{np.min(labels)} to {np.max(labels)}"
+        )
 
 
 def load_dataset(
@@ -126,7 +166,7 @@ class Source:
         label_key: str = "label",
         channels: int | None = None,
     ):
-        self._builder, self._ranges = _open_split(name, split, data_dir, label_key)
+        self._builder, self._ranges = _open_split(name, split, _data_folder(data_dir), label_key)
         self._label_key = label_key
         self._ends = np.cumsum([stop - start for _, start, stop in self._ranges])
         self._decoder = _Decoder(self._builder, label_key)
@@ -159,7 +199,7 @@ class Source:
         whole = {name: _load_whole(self._builder, name, self._label_key) for name in names}
         images = [whole[name][0][start:stop] for name, start, stop in self._ranges]
         labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in self._ranges])
-        _check_labels(self._builder, labels)
+        _check_labels(self._builder, labels, len(self.class_names))
         return Dataset(
             self._with_channels(images[0] if len(images) == 1 else np.concatenate(images)),
             labels,
@@ -180,7 +220,7 @@ class Source:
         """
         images, labels = self._decode(index)
         _check_sizes(self._builder, {self.image_shape[:2], *(image.shape[:2] for image in images)})
-        _check_labels(self._builder, labels)
+        _check_labels(self._builder, labels, len(self.class_names))
         return self._with_channels(np.stack(images)), labels
 
     def _with_channels(self, images: np.ndarray) -> np.ndarray:
@@ -233,8 +273,24 @@ def channel_statistics(
 # Opening and preparing a TFDS folder.
 
 
+def _data_folder(data_dir: str | None) -> str:
+    """The folder of TFDS, by default the user's; ~ stands for a home folder.
+
+    Raises:
+      InputError: if there is no such home, or it is not a folder of this machine.
+    """
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    expanded = os.path.expanduser(folder)
+    say_it = "name another by $TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
+    if expanded.startswith("~"):
+        raise InputError(f"there is no home folder for {short_reason(folder)}: {say_it}")
+    if "://" in expanded or "\0" in expanded:
+        raise InputError(f"{short_reason(folder)} is no folder of this machine: {say_it}")
+    return expanded
+
+
 def _open_split(
-    name: str, split: str, data_dir: str | None, label_key: str
+    name: str, split: str, data_dir: str, label_key: str
 ) -> tuple[_Builder, list[_Range]]:
     """A builder whose data is on disk, and the ranges of its splits that `split` names."""
     builder = _open(name, data_dir)
@@ -244,6 +300,8 @@ def _open_split(
     except (ValueError, KeyError, NotImplementedError) as error:
         known = ", ".join(builder.info.splits)
         raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
+    for part in parts:
+        _check_files(builder, part.splitname)
     ranges = []
     for part in parts:  # what is left open is None
         count = builder.info.splits[part.splitname].num_examples
@@ -254,20 +312,32 @@ def _open_split(
     return builder, ranges
 
 
-def _open(name: str, data_dir: str | None) -> _Builder:
+def _open(name: str, data_dir: str) -> _Builder:
     """A builder whose data is on disk."""
+    shown = short_reason(repr(name), 100)
+    try:
+        parsed, _ = naming.parse_builder_name_kwargs(name)
+    except Exception as error:  # TFDS lets through whatever its parsers raise
+        raise InputError(f"cannot open data set {shown}: {short_reason(error)}") from error
+    if parsed.namespace:  # others' data sets, for which TFDS asks their servers
+        raise InputError(
+            f"data set {shown} is not one of TFDS's own: prepare it with TFDS, and give its name "
+            f"there, {parsed.name}"
+        )
+    folder = os.path.join(data_dir, parsed.name)
+    if (path := _special_file(folder)) is not None:
+        raise InputError(_damaged(parsed.name, folder, f"{path} is not a file"))
     open_builder = Digits if name == "digits" else partial(tfds.builder, name)
     try:
         builder: _Builder = open_builder(data_dir=data_dir)
     except DatasetNotFoundError as error:
         raise InputError(
-            f"unknown data set {name!r}: use cifar10, digits, or another name of TFDS"
+            f"unknown data set {shown}: use cifar10, digits, or another name of TFDS"
         ) from error
     except Exception as error:  # TFDS lets through whatever its parsers raise
-        folder = os.path.join(os.path.expanduser(data_dir or constants.DATA_DIR), name)
         if name.isidentifier() and os.path.isdir(folder):
             raise InputError(_damaged(name, folder, error)) from error
-        raise InputError(f"cannot open data set {name!r}: {short_reason(error)}") from error
+        raise InputError(f"cannot open data set {shown}: {short_reason(error)}") from error
     if not builder.is_prepared():
         if builder.data_path.exists():
             raise InputError(_damaged(name, builder.data_path, "it has no dataset_info.json"))
@@ -288,17 +358,58 @@ def _open(name: str, data_dir: str | None) -> _Builder:
     return builder
 
 
+def _special_file(folder: str, depth: int = 3) -> str | None:
+    """A pipe, socket or device in the folder of a data set, where reading might never end.
+
+    Args:
+      folder: that need not exist.
+      depth: of its folders, for configuration, version and files.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if depth and (path := _special_file(entry.path, depth - 1)) is not None:
+                        return path
+                elif not entry.is_file() and os.path.exists(entry.path):
+                    return entry.path
+    except OSError:  # told by who reads the files
+        pass
+    return None
+
+
+def _check_files(builder: _Builder, split: str) -> None:
+    """Whether the files of a split are there, and can hold so many examples."""
+    try:
+        size = sum(os.stat(path).st_size for path in builder.info.splits[split].filepaths)
+        count = builder.info.splits[split].num_examples
+        if count > size:
+            raise ValueError(f"{split} has {count} examples in {size} bytes")
+    except Exception as error:  # of the disk, and of TFDS, which makes the names of a template
+        raise InputError(_damaged(builder.name, builder.data_path, error)) from error
+
+
 def _check_features(builder: _Builder, label_key: str) -> None:
     features = dict(builder.info.features or {})
     image = features.get("image")
     if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
         raise InputError(f"data set {builder.name!r} has no 8-bit `image`")
+    shape: Any = image.shape
+    sides = [1 if side is None else side for side in shape]
+    if len(sides) != 3 or shape[2] not in _MODES or min(sides) < 1 or math.prod(sides) > _LARGEST:
+        reason = f"its images are of shape {list(shape)}"
+        raise InputError(_damaged(builder.name, builder.data_path, reason))
     classes = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if label_key not in classes:
         raise InputError(
             f"data set {builder.name!r} has no class as its `{label_key}`; those that it has: "
             f"{', '.join(classes) or 'none'}"
         )
+    count = features[label_key].num_classes or 0
+    if 1 <= count <= _MOST_CLASSES:
+        count = len(features[label_key].names)  # in another file
+    if not 1 <= count <= _MOST_CLASSES:
+        raise InputError(_damaged(builder.name, builder.data_path, f"it has {count} classes"))
 
 
 def _damaged(name: str, folder: Any, reason: Any) -> str:
@@ -318,6 +429,7 @@ def _load_whole(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarr
     except OSError as error:
         raise InputError(_damaged(builder.name, builder.data_path, error)) from error
 
+    count = builder.info.splits[split].num_examples
     version = str(builder.info.version)
     other_label = "" if label_key == "label" else f"-{label_key.replace('/', '-')}"
     file_name = f"{builder.info.full_name.replace('/', '-')}-{split}{other_label}.npz"
@@ -326,7 +438,7 @@ def _load_whole(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarr
     in_user_cache = cache_folder(place)
     paths = [beside, in_user_cache / file_name] if in_user_cache else [beside]
     for path in paths:
-        cached = _read_cache(path, fingerprint)
+        cached = _read_cache(path, fingerprint, count)
         if cached is not None:
             return cached
 
@@ -344,23 +456,35 @@ def _fingerprint(builder: _Builder, split: str) -> str:
     """Changes whenever a file of the split, or what TFDS says about them, does."""
     digest = hashlib.sha256((builder.data_path / "dataset_info.json").read_bytes())
     for path in builder.info.splits[split].filepaths:
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.length} {stat.mtime}\n".encode())
+        stat = os.stat(path)  # not the path's own, which wants to know the owner's name
+        digest.update(f"{path.name} {stat.st_size} {int(stat.st_mtime)}\n".encode())
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_cache(path: Path, fingerprint: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(images, labels), or None if there is no cache or it is stale or damaged."""
     if not os.path.exists(path):  # where Path raises: in a folder not to be looked into
         return None
     try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("not ours, which is not compressed")
         # Reading an array to its end checks its CRC-32.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["fingerprint"].item() == fingerprint:
-                return arrays["images"], arrays["labels"]
+                images, labels = arrays["images"], arrays["labels"]
+                if (images.dtype, images.ndim, len(images)) != (np.uint8, 4, count):
+                    raise ValueError("other images")
+                if (labels.dtype, labels.shape) != (np.int32, (count,)):
+                    raise ValueError("other labels")
+                return images, labels
             logger.info("the cache %s is stale", path)
     except Exception as error:  # of NumPy, zipfile and zlib, whatever bit is wrong
-        logger.warning("the cache %s is damaged (%s) and is made anew", path, error)
+        # NumPy would have the user unpickle what it does not know.
+        reason = "" if "pickle" in str(error) else f" ({short_reason(error)})"
+        logger.warning("the cache %s is damaged%s and is made anew", path, reason)
     return None
 
 
@@ -392,9 +516,12 @@ def _decode(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarray, 
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _check_labels(builder: _Builder, labels: np.ndarray) -> None:
+def _check_labels(builder: _Builder, labels: np.ndarray, num_classes: int) -> None:
     if (labels < 0).any():  # what TFDS gives examples whose label is not published
         raise InputError(f"{builder.name} has examples without a label in this split")
+    if (labels >= num_classes).any():
+        reason = f"a label is {labels.max()}, of {num_classes} classes"
+        raise InputError(_damaged(builder.name, builder.data_path, reason))
 
 
 def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:
@@ -453,9 +580,10 @@ def _tfrecords(path: Any) -> Iterator[bytes]:
       EOFError: if the file ends inside a record.
     """
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while head := file.read(12):
             (length,) = struct.unpack("<Q", head[:8].ljust(8, b"\xff"))
-            if len(head) < 12 or length > path.stat().length:
+            if len(head) < 12 or length > size:
                 raise EOFError(f"{path} ends inside a record")
             data = file.read(length + 4)
             if len(data) < length + 4:

@@ -1,7 +1,12 @@
 """Reading, preparing, splitting and caching of data sets, and what can go wrong."""
 
+import grp
 import io
 import json
+import os
+import pwd
+import struct
+import time
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from flax_resnet.data import channel_statistics, datasets, load_dataset
+from flax_resnet.data import Dataset, Source, channel_statistics, datasets, load_dataset
 from flax_resnet.data.builders import Digits
 from flax_resnet.errors import InputError
 
@@ -106,6 +111,38 @@ def test_examples_without_a_label(digits_dir, monkeypatch):
     assert len(load_dataset("digits", "test[4:]", str(digits_dir))) == 356
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"images": np.zeros((5, 4, 6, 3))},
+            r"images must be uint8 .* not float64 of shape \[5, 4",
+        ),
+        ({"images": np.zeros((5, 4, 6), np.uint8)}, r"not uint8 of shape \[5, 4, 6\]"),
+        ({"images": np.zeros((5, 0, 6, 3), np.uint8)}, r"not uint8 of shape \[5, 0, 6, 3\]"),
+        ({"images": [[1]]}, "images must be uint8"),
+        ({"labels": np.arange(4)}, r"labels must be 5 integers, .* of shape \[4\]"),
+        ({"labels": np.eye(5, dtype=int)}, r"of shape \[5, 5\]"),
+        ({"labels": np.zeros(5)}, "not float64"),
+        ({"labels": np.arange(5) == 1}, "not bool"),
+        ({"labels": np.arange(5) + 1}, "labels must be from 0 to 4, for 5 class_names, not 1 to 5"),
+        ({"labels": np.arange(5) - 1}, "not -1 to 3"),
+        ({"class_names": ()}, "class_names must be strings"),
+        ({"class_names": tuple(range(5))}, "class_names must be strings"),
+    ],
+)
+def test_arrays_that_are_no_data_set(changes, message):
+    sound = {
+        "images": np.zeros((5, 4, 6, 3), np.uint8),
+        "labels": np.arange(5),
+        "class_names": tuple("abcde"),
+    }
+    assert len(Dataset(**sound)) == 5
+    with pytest.raises(InputError, match=message) as error:
+        Dataset(**sound | changes)
+    assert "\n" not in str(error.value)
+
+
 # The cache.
 
 
@@ -138,8 +175,8 @@ def test_no_place_for_a_cache_is_no_error(place, own_digits, request):
     assert len(load_dataset("digits", "train", str(own_digits))) == 1437
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
-def test_damaged_cache_is_made_anew(own_digits, damage, monkeypatch):
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other", "pickle", "compressed"])
+def test_damaged_cache_is_made_anew(own_digits, damage, monkeypatch, caplog):
     first = load_dataset("digits", "test", str(own_digits))
     path = cache_file(own_digits, "test")
     content = bytearray(path.read_bytes())
@@ -151,11 +188,28 @@ def test_damaged_cache_is_made_anew(own_digits, damage, monkeypatch):
         content.clear()
     else:
         buffer = io.BytesIO()
-        np.savez(buffer, other=np.zeros(3))
+        if damage == "other":
+            np.savez(buffer, other=np.zeros(3))
+        elif damage == "pickle":
+            np.savez(buffer, fingerprint=np.array([{}], dtype=object))
+        else:
+            np.savez_compressed(buffer, fingerprint=np.zeros(10**6))
         content = buffer.getvalue()
     path.write_bytes(content)
     assert_same(load_dataset("digits", "test", str(own_digits)), first)
+    assert "is made anew" in caplog.text
+    assert "pickle" not in caplog.text  # NumPy's advice
     forbid_decoding(monkeypatch)
+    assert_same(load_dataset("digits", "test", str(own_digits)), first)
+
+
+@pytest.mark.parametrize("array", ["images", "labels"])
+def test_cache_that_is_not_of_this_split(own_digits, array):
+    first = load_dataset("digits", "test", str(own_digits))
+    path = cache_file(own_digits, "test")
+    with np.load(path) as arrays:
+        content = dict(arrays)
+    np.savez(path, **content | {array: content[array][:100]})
     assert_same(load_dataset("digits", "test", str(own_digits)), first)
 
 
@@ -205,10 +259,14 @@ def test_tfrecord_folder_is_read_too(own_digits, digits_dir):
     )
 
 
-@pytest.mark.parametrize("bytes_left", [-1, 7, 100_000])
-def test_tfrecord_file_that_was_cut_off(own_digits, bytes_left):
+@pytest.mark.parametrize("place", ["last byte", "second head", "middle"])
+def test_tfrecord_file_that_was_cut_off(own_digits, place):
     path = as_tfrecord(own_digits) / "digits-test.tfrecord-00000-of-00001"
-    path.write_bytes(path.read_bytes()[:bytes_left])
+    content = path.read_bytes()
+    (first,) = struct.unpack("<Q", content[:8])
+    path.write_bytes(
+        content[: {"last byte": -1, "second head": 16 + first + 7, "middle": 100_000}[place]]
+    )
     with pytest.raises(InputError, match=r"of digits is damaged: .* ends inside a record"):
         load_dataset("digits", "test", str(own_digits))
 
@@ -231,6 +289,189 @@ def test_damaged_folder(own_digits, name, content):
     with pytest.raises(InputError, match=r"folder .* of digits is damaged: .*start again") as error:
         load_dataset("digits", "test", str(own_digits))
     assert "\n" not in str(error.value)
+
+
+# What TFDS tells of its files, where it cannot be.
+
+
+@pytest.fixture
+def others(own_digits):
+    """The version folder of `others`, digits of which TFDS knows by its files alone."""
+    (own_digits / "digits").rename(own_digits / "others")
+    folder = own_digits / "others" / "1.0.0"
+    for path in folder.glob("digits-*"):
+        path.rename(folder / path.name.replace("digits", "others"))
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("digits", "others"))
+    return folder
+
+
+def change(path, *keys, value):
+    """Sets an entry of a JSON file; a list is entered at each of its elements."""
+
+    def visit(content, key, *rest):
+        for one in content if isinstance(content, list) else [content]:
+            if rest:
+                visit(one[key], *rest)
+            else:
+                one[key] = value
+
+    content = json.loads(path.read_text())
+    visit(content, *keys)
+    path.write_text(json.dumps(content))
+
+
+def assert_refused(folder, message):
+    """Neither to be loaded nor to be streamed, in one line and at once."""
+    for read in (load_dataset, lambda *names: Source(*names).read(np.arange(360))):
+        started = time.monotonic()
+        with pytest.raises(InputError, match=message) as error:
+            read(folder.parent.name, "test", str(folder.parents[1]))
+        assert "\n" not in str(error.value)
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ["1000000", "1000000", "3"],
+        ["0", "32", "3"],
+        ["-5", "32", "3"],
+        ["1" + 30 * "0", "32", "3"],
+        ["32", "32", "0"],
+        ["32", "32", "-1"],
+        ["32", "32", "7"],
+        ["32", "32"],
+        ["33", "32", "3"],
+        ["a", "32", "3"],
+    ],
+)
+def test_images_that_cannot_be(others, shape):
+    keys = ("featuresDict", "features", "image", "image", "shape", "dimensions")
+    change(others / "features.json", *keys, value=shape)
+    assert_refused(others, "the TFDS folder .* of others is damaged|cannot be opened")
+
+
+@pytest.mark.parametrize(
+    "count", [None, "0", "-1", "3", "9", "2000000", "1000000000", "1" + 30 * "0"]
+)
+def test_classes_that_cannot_be(others, count):
+    keys = ("featuresDict", "features", "label", "classLabel", "numClasses")
+    change(others / "features.json", *keys, value=count)
+    message = "a label is 9, of [39] classes" if count in ("3", "9") else "is damaged"
+    assert_refused(others, message)
+
+
+def test_more_names_than_classes(others):
+    (others / "label.labels.txt").write_text("name\n" * 2_000_000)
+    assert_refused(others, "it has 2000000 classes")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("filepathTemplate", "{X}"),
+        ("filepathTemplate", "{0}"),
+        ("filepathTemplate", "\0"),
+        ("filepathTemplate", "x" * 10_000),
+        ("shardLengths", ["1" + 12 * "0"]),
+        ("shardLengths", ["1" + 30 * "0"]),
+        ("shardLengths", ["1"] * 1000),
+    ],
+)
+def test_splits_that_cannot_be(others, key, value):
+    change(others / "dataset_info.json", "splits", key, value=value)
+    assert_refused(others, "the TFDS folder .* of others is damaged")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1.0.0/dataset_info.json",
+        "1.0.0/features.json",
+        "1.0.0/others-test.array_record-00000-of-00001",
+        "1.0.0-flax_resnet/others-1.0.0-test.npz",
+        ".config/metadata.json",
+    ],
+)
+def test_pipes_and_devices_are_not_read(others, name):
+    path = others.parent / name
+    path.parent.mkdir(exist_ok=True)
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        path.unlink(missing_ok=True)
+        make(path)
+        assert_refused(others, f"of others is damaged: {path} is not a file")
+
+
+def test_a_pipe_in_the_users_cache(own_digits, user_cache):
+    cache_file(own_digits, "test").parent.write_text("in the way")
+    first = load_dataset("digits", "test", str(own_digits))
+    (path,) = user_cache.rglob("*.npz")
+    path.unlink()
+    os.mkfifo(path)
+    assert_same(load_dataset("digits", "test", str(own_digits)), first)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("as_files", [lambda folder: None, as_tfrecord])
+def test_files_of_nobody(own_digits, monkeypatch, as_files):
+    as_files(own_digits)
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    assert len(load_dataset("digits", "test", str(own_digits))) == 360
+    assert len(load_dataset("digits", "test", str(own_digits))) == 360  # from the cache
+
+
+# Names.
+
+
+def test_home(own_digits, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for data_dir in ("~/tfds", "tfds"):
+        assert len(load_dataset("digits", "test", data_dir)) == 360
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/tfds")
+    assert len(load_dataset("digits", "test")) == 360
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    own_digits.rename(tmp_path / "tensorflow_datasets")
+    assert len(load_dataset("digits", "test")) == 360
+
+
+@pytest.mark.parametrize("data_dir", [None, "~/tfds", "~nobody_of_that_name/tfds"])
+def test_no_home(data_dir, monkeypatch, tmp_path):
+    def unknown(number):
+        raise KeyError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(InputError, match="there is no home folder for ~"):
+        load_dataset("digits", "test", data_dir)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data_dir", ["gs://tfds-data/datasets", "s3://bucket/data", "a\0b"])
+def test_folders_of_other_machines(data_dir):
+    with pytest.raises(InputError, match="is no folder of this machine: name another by"):
+        load_dataset("digits", "test", data_dir)
+
+
+@pytest.mark.parametrize("name", ["huggingface:mnist", "kaggle:mnist", "someone:mnist"])
+def test_collections_of_others_are_not_asked_for(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("asked the network"))
+    with pytest.raises(InputError, match=f"'{name}' is not one of TFDS's own: .* there, mnist"):
+        load_dataset(name, "train", str(tmp_path))
+
+
+def test_long_names_are_shortened(tmp_path):
+    for name in ("a" * 10_000, "-" * 10_000):
+        with pytest.raises(InputError) as error:
+            load_dataset(name, "train", str(tmp_path))
+        assert len(str(error.value)) < 500
 
 
 def test_unknown_data_set(tmp_path):
