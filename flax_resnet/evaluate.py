@@ -109,7 +109,13 @@ def open_test_set(
             )
         else:
             name = config.dataset
-            source = Source(name, config.eval_split, data_dir or config.data_dir)
+            source = Source(
+                name,
+                config.eval_split,
+                data_dir or config.data_dir,
+                label_key=config.label_key,
+                channels=config.channels,
+            )
         data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
     trained_for = f"than the run in {run.workdir} was trained for"
     if data.class_names != run.class_names:

@@ -1,16 +1,13 @@
 """Image data sets from TensorFlow Datasets as arrays, without TensorFlow."""
 
-import contextlib
 import hashlib
-import http.client
 import io
 import logging
+import math
 import os
 import struct
 import tempfile
-import threading
-import urllib.error
-import urllib.request
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import constants
+from PIL import Image
+from tensorflow_datasets.core import naming
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-from flax_resnet.data.builders import CIFAR10_ARCHIVE, CIFAR10_URL, Cifar10, Digits
+from flax_resnet.data.builders import Digits
+from flax_resnet.data.preparing import prepare
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.caches import cache_folder
-from flax_resnet.progress import bar, say, shows_bars
+from flax_resnet.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +32,17 @@ logger = logging.getLogger(__name__)
 # rejects every use of them.
 _Builder = Any
 
-_Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
+# Of pictures in examples: all decode in the process.
+_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 
-# How long a server may take to answer before there is no network.
-_SECONDS_TO_ANSWER = 8.0
+# Pillow's names for images of 8 bits, by the number of their channels.
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+# Beyond these, in bytes of an image and in classes, what TFDS tells of its files is damaged.
+_LARGEST = 2**28
+_MOST_CLASSES = 10**6
+
+_Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,17 @@ class Dataset:
       images: uint8 [N, H, W, C].
       labels: int32 [N], indices into class_names.
       class_names: one name a class.
+
+    Raises (when made):
+      InputError: if it does not hold these.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_dataset(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,38 +83,64 @@ class Dataset:
         return self.images[index], self.labels[index]
 
 
-def load_dataset(name: str, split: str, data_dir: str | None = None) -> Dataset:
-    """Reads a split of a TFDS image classification data set, preparing it if need be.
-
-    `cifar10` and `digits` are prepared without TensorFlow; any other data set with an
-    `image` of one size and a `label` is read once it is prepared. The decoded arrays
-    are cached beside the TFDS folder, or in the user's cache folder where that cannot
-    be written, and read back in well under a second; a cache that is damaged, or older
-    than the TFDS folder, is made anew.
-
-    Args:
-      name: `cifar10`, `digits` (`flax_resnet.data.builders.Digits`; needs no network),
-        or another name of TFDS.
-      split: a split string of TFDS: "train", "train[:90%]", "train[10:20]+test".
-      data_dir: folder of TFDS; default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+def check_dataset(data: Dataset) -> None:
+    """Whether this can be trained on; of one's own class too, if it has these attributes.
 
     Raises:
-      InputError: if there is no such data set or split, if it is not prepared and
-        cannot be, if its folder is damaged, or if it has examples without a label.
+      InputError: if `images` is not uint8 [N, H, W, C] with no side 0, `labels` is not N integers
+        below the number of `class_names`, or `class_names` are not strings.
     """
-    return _load(*_open_split(name, split, data_dir))
+    images, labels, names = data.images, data.labels, data.class_names
+    dtype, shape = getattr(images, "dtype", type(images).__name__), np.shape(images)
+    if dtype != np.uint8 or len(shape) != 4 or not min(shape[1:]):
+        raise InputError(
+            f"images must be uint8 of shape [N, H, W, C], from 0 to 255, not {dtype} of shape "
+            f"{list(shape)}"
+        )
+    if np.shape(labels) != shape[:1] or np.asarray(labels).dtype.kind not in "iu":
+        raise InputError(
+            f"labels must be {shape[0]} integers, one an image, not "
+            f"{np.asarray(labels).dtype} of shape {list(np.shape(labels))}"
+        )
+    if not len(names) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
+    if len(labels) and not (np.min(labels) >= 0 and np.max(labels) < len(names)):
+        raise InputError(
+            f"labels must be from 0 to {len(names) - 1}, for {len(names)} class_names, not "
+            f"{np.min(labels)} to {np.max(labels)}"
+        )
 
 
-def _load(builder: _Builder, ranges: list[_Range]) -> Dataset:
-    whole = {name: _load_whole(builder, name) for name in {name for name, _, _ in ranges}}
-    images = [whole[name][0][start:stop] for name, start, stop in ranges]
-    labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in ranges])
-    _check_labels(builder, labels)
-    return Dataset(
-        images[0] if len(ranges) == 1 else np.concatenate(images),
-        labels,
-        tuple(builder.info.features["label"].names),
-    )
+def load_dataset(
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    *,
+    label_key: str = "label",
+    channels: int | None = None,
+) -> Dataset:
+    """Reads a split of a TFDS image classification data set, preparing it if need be.
+
+    Any data set with an `image` of one size and a class as its label will do; TensorFlow is
+    not needed. The decoded arrays are cached beside the TFDS folder, or in the user's cache
+    folder where that cannot be written, and read back in well under a second; a cache that is
+    damaged, or older than the TFDS folder, is made anew.
+
+    Args:
+      name: `digits` (`flax_resnet.data.builders.Digits`; needs no network), `cifar10`, or
+        another name of TFDS.
+      split: a split string of TFDS: "train", "train[:90%]", "train[10:20]+test".
+      data_dir: folder of TFDS; default $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+      label_key: the feature that is the label: cifar100 has `coarse_label` too.
+      channels: of the images, 3 for gray ones as red, green and blue; None for as many as
+        they have.
+
+    Raises:
+      InputError: if there is no such data set, split or label, if it is not prepared and
+        cannot be, if its folder is damaged, if it has examples without a label, or if its
+        images cannot have so many channels.
+    """
+    return Source(name, split, data_dir, label_key=label_key, channels=channels).load()
 
 
 class Source:
@@ -119,15 +157,28 @@ class Source:
       InputError: as `load_dataset`, or if the images differ in size.
     """
 
-    def __init__(self, name: str, split: str, data_dir: str | None = None):
-        self._builder, self._ranges = _open_split(name, split, data_dir)
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        data_dir: str | None = None,
+        *,
+        label_key: str = "label",
+        channels: int | None = None,
+    ):
+        self._builder, self._ranges = _open_split(name, split, _data_folder(data_dir), label_key)
+        self._label_key = label_key
         self._ends = np.cumsum([stop - start for _, start, stop in self._ranges])
-        self._features = _two_features(self._builder)
+        self._decoder = _Decoder(self._builder, label_key)
         self._readers: dict[str, Any] = {}
-        self.class_names = tuple(self._builder.info.features["label"].names)
-        self.image_shape = self._builder.info.features["image"].shape
-        if None in self.image_shape and self.can_be_streamed:
-            self.image_shape = self._decode(np.array([0]))[0][0].shape
+        self.class_names = tuple(self._builder.info.features[label_key].names)
+        *size, depth = self._builder.info.features["image"].shape
+        if channels not in (None, depth) and (depth, channels) != (1, 3):
+            raise InputError(f"the images of {name} have {depth} channels: not {channels}")
+        self._repeats = (channels or depth) // depth
+        if None in size and self.can_be_streamed:
+            size = self._decode(np.array([0]))[0][0].shape[:2]
+        self.image_shape = (*size, channels or depth)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -144,7 +195,16 @@ class Source:
 
     def load(self) -> Dataset:
         """The split in memory, as `load_dataset` returns it."""
-        return _load(self._builder, self._ranges)
+        names = {name for name, _, _ in self._ranges}
+        whole = {name: _load_whole(self._builder, name, self._label_key) for name in names}
+        images = [whole[name][0][start:stop] for name, start, stop in self._ranges]
+        labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in self._ranges])
+        _check_labels(self._builder, labels, len(self.class_names))
+        return Dataset(
+            self._with_channels(images[0] if len(images) == 1 else np.concatenate(images)),
+            labels,
+            self.class_names,
+        )
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads examples.
@@ -159,9 +219,12 @@ class Source:
           InputError: if they cannot be read, differ in size, or have no label.
         """
         images, labels = self._decode(index)
-        _check_sizes(self._builder, {self.image_shape, *(image.shape for image in images)})
-        _check_labels(self._builder, labels)
-        return np.stack(images), labels
+        _check_sizes(self._builder, {self.image_shape[:2], *(image.shape[:2] for image in images)})
+        _check_labels(self._builder, labels, len(self.class_names))
+        return self._with_channels(np.stack(images)), labels
+
+    def _with_channels(self, images: np.ndarray) -> np.ndarray:
+        return images if self._repeats == 1 else np.repeat(images, self._repeats, -1)
 
     def _decode(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         images, labels = [np.empty(0)] * len(index), np.empty(len(index), np.int32)
@@ -175,8 +238,7 @@ class Source:
                 within = index[places] - self._ends[i] + stop
                 records = self._readers[split].__getitems__(within.tolist())
                 for place, record in zip(places, records, strict=True):
-                    example: Any = self._features.deserialize_example_np(record)
-                    images[place], labels[place] = example["image"], example["label"]
+                    images[place], labels[place] = self._decoder(record)
             return images, labels
         except Exception as error:  # of the file readers and the decoders
             raise InputError(
@@ -211,14 +273,35 @@ def channel_statistics(
 # Opening and preparing a TFDS folder.
 
 
-def _open_split(name: str, split: str, data_dir: str | None) -> tuple[_Builder, list[_Range]]:
+def _data_folder(data_dir: str | None) -> str:
+    """The folder of TFDS, by default the user's; ~ stands for a home folder.
+
+    Raises:
+      InputError: if there is no such home, or it is not a folder of this machine.
+    """
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    expanded = os.path.expanduser(folder)
+    say_it = "name another by $TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
+    if expanded.startswith("~"):
+        raise InputError(f"there is no home folder for {short_reason(folder)}: {say_it}")
+    if "://" in expanded or "\0" in expanded:
+        raise InputError(f"{short_reason(folder)} is no folder of this machine: {say_it}")
+    return expanded
+
+
+def _open_split(
+    name: str, split: str, data_dir: str, label_key: str
+) -> tuple[_Builder, list[_Range]]:
     """A builder whose data is on disk, and the ranges of its splits that `split` names."""
     builder = _open(name, data_dir)
+    _check_features(builder, label_key)
     try:
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError, NotImplementedError) as error:
         known = ", ".join(builder.info.splits)
         raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
+    for part in parts:
+        _check_files(builder, part.splitname)
     ranges = []
     for part in parts:  # what is left open is None
         count = builder.info.splits[part.splitname].num_examples
@@ -229,38 +312,41 @@ def _open_split(name: str, split: str, data_dir: str | None) -> tuple[_Builder, 
     return builder, ranges
 
 
-def _open(name: str, data_dir: str | None) -> _Builder:
+def _open(name: str, data_dir: str) -> _Builder:
     """A builder whose data is on disk."""
-    ours = {"cifar10": Cifar10, "digits": Digits}
-    open_builder = ours.get(name, partial(tfds.builder, name))
+    shown = short_reason(repr(name), 100)
+    try:
+        parsed, _ = naming.parse_builder_name_kwargs(name)
+    except Exception as error:  # TFDS lets through whatever its parsers raise
+        raise InputError(f"cannot open data set {shown}: {short_reason(error)}") from error
+    if parsed.namespace:  # others' data sets, for which TFDS asks their servers
+        raise InputError(
+            f"data set {shown} is not one of TFDS's own: prepare it with TFDS, and give its name "
+            f"there, {parsed.name}"
+        )
+    folder = os.path.join(data_dir, parsed.name)
+    if (path := _special_file(folder)) is not None:
+        raise InputError(_damaged(parsed.name, folder, f"{path} is not a file"))
+    open_builder = Digits if name == "digits" else partial(tfds.builder, name)
     try:
         builder: _Builder = open_builder(data_dir=data_dir)
     except DatasetNotFoundError as error:
         raise InputError(
-            f"unknown data set {name!r}: use cifar10, digits, or another name of TFDS"
+            f"unknown data set {shown}: use cifar10, digits, or another name of TFDS"
         ) from error
     except Exception as error:  # TFDS lets through whatever its parsers raise
-        folder = os.path.join(os.path.expanduser(data_dir or constants.DATA_DIR), name)
         if name.isidentifier() and os.path.isdir(folder):
             raise InputError(_damaged(name, folder, error)) from error
-        raise InputError(f"cannot open data set {name!r}: {short_reason(error)}") from error
+        raise InputError(f"cannot open data set {shown}: {short_reason(error)}") from error
     if not builder.is_prepared():
         if builder.data_path.exists():
             raise InputError(_damaged(name, builder.data_path, "it has no dataset_info.json"))
         try:
-            _prepare(builder)
+            prepare(builder)
         except InputError:
             builder = open_builder(data_dir=data_dir)
             if not builder.is_prepared():  # by another process, which was faster
                 raise
-    features = dict(builder.info.features or {})
-    image, label = features.get("image"), features.get("label")
-    if not (
-        isinstance(image, tfds.features.Image)
-        and isinstance(label, tfds.features.ClassLabel)
-        and image.np_dtype == np.uint8
-    ):
-        raise InputError(f"data set {name!r} has no 8-bit `image` with a class as its `label`")
     if builder.info.file_format not in (
         tfds.core.FileFormat.ARRAY_RECORD,
         tfds.core.FileFormat.TFRECORD,
@@ -272,6 +358,60 @@ def _open(name: str, data_dir: str | None) -> _Builder:
     return builder
 
 
+def _special_file(folder: str, depth: int = 3) -> str | None:
+    """A pipe, socket or device in the folder of a data set, where reading might never end.
+
+    Args:
+      folder: that need not exist.
+      depth: of its folders, for configuration, version and files.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    if depth and (path := _special_file(entry.path, depth - 1)) is not None:
+                        return path
+                elif not entry.is_file() and os.path.exists(entry.path):
+                    return entry.path
+    except OSError:  # told by who reads the files
+        pass
+    return None
+
+
+def _check_files(builder: _Builder, split: str) -> None:
+    """Whether the files of a split are there, and can hold so many examples."""
+    try:
+        size = sum(os.stat(path).st_size for path in builder.info.splits[split].filepaths)
+        count = builder.info.splits[split].num_examples
+        if count > size:
+            raise ValueError(f"{split} has {count} examples in {size} bytes")
+    except Exception as error:  # of the disk, and of TFDS, which makes the names of a template
+        raise InputError(_damaged(builder.name, builder.data_path, error)) from error
+
+
+def _check_features(builder: _Builder, label_key: str) -> None:
+    features = dict(builder.info.features or {})
+    image = features.get("image")
+    if not (isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8):
+        raise InputError(f"data set {builder.name!r} has no 8-bit `image`")
+    shape: Any = image.shape
+    sides = [1 if side is None else side for side in shape]
+    if len(sides) != 3 or shape[2] not in _MODES or min(sides) < 1 or math.prod(sides) > _LARGEST:
+        reason = f"its images are of shape {list(shape)}"
+        raise InputError(_damaged(builder.name, builder.data_path, reason))
+    classes = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    if label_key not in classes:
+        raise InputError(
+            f"data set {builder.name!r} has no class as its `{label_key}`; those that it has: "
+            f"{', '.join(classes) or 'none'}"
+        )
+    count = features[label_key].num_classes or 0
+    if 1 <= count <= _MOST_CLASSES:
+        count = len(features[label_key].names)  # in another file
+    if not 1 <= count <= _MOST_CLASSES:
+        raise InputError(_damaged(builder.name, builder.data_path, f"it has {count} classes"))
+
+
 def _damaged(name: str, folder: Any, reason: Any) -> str:
     return (
         f"the TFDS folder {folder} of {name} is damaged: {short_reason(reason)}; "
@@ -279,85 +419,30 @@ def _damaged(name: str, folder: Any, reason: Any) -> str:
     )
 
 
-def _prepare(builder: _Builder) -> None:
-    """Runs TFDS's download_and_prepare, after a look whether it can succeed."""
-    name, folder = builder.name, Path(builder.data_dir_root)
-    if isinstance(builder, Cifar10):
-        archive = folder / "downloads" / "manual" / CIFAR10_ARCHIVE
-        if archive.exists():
-            builder.archive = archive
-        elif not _reachable(CIFAR10_URL):
-            raise InputError(
-                f"no data and no network: cifar10 is not in {folder}, and {CIFAR10_URL} cannot be "
-                "reached. Either name a folder that has it by $TFDS_DATA_DIR or data_dir "
-                f"(train.py: --config.data_dir=DIR), or put that archive at {archive}, or train "
-                "on data that needs no download with --config configs/digits_resnet8.py"
-            )
-    elif name != "digits" and not _reachable("https://storage.googleapis.com"):
-        raise InputError(
-            f"no data and no network: {name} is not in {folder}; name a folder that has it by "
-            "$TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
-        )
-    say(f"preparing {name} in {folder} ...")
-    if not shows_bars():
-        tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes to
-            builder.download_and_prepare(file_format="array_record")
-    except InputError:
-        raise
-    except ImportError as error:
-        raise InputError(
-            f"TFDS needs TensorFlow to prepare {name}: run `tfds build {name}` where it is "
-            "installed, and name the folder by $TFDS_DATA_DIR or data_dir (train.py: "
-            "--config.data_dir=DIR)"
-        ) from error
-    except Exception as error:  # of the disk, the download, its checksum, the examples
-        raise InputError(f"{name} cannot be prepared in {folder}: {short_reason(error)}") from error
-
-
-def _reachable(url: str) -> bool:
-    """Whether a server answers at all."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5)
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except (OSError, http.client.HTTPException, ValueError):  # the last of a proxy's address
-            pass
-
-    # A daemon thread, because looking the name up ignores every timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_SECONDS_TO_ANSWER)
-    return bool(answers)
-
-
 # Decoding, and the cache of what was decoded.
 
 
-def _load_whole(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _load_whole(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of a whole split, from the cache if that is sound."""
     try:
         fingerprint = _fingerprint(builder, split)
     except OSError as error:
         raise InputError(_damaged(builder.name, builder.data_path, error)) from error
 
+    count = builder.info.splits[split].num_examples
     version = str(builder.info.version)
-    file_name = f"{builder.info.full_name.replace('/', '-')}-{split}.npz"
+    other_label = "" if label_key == "label" else f"-{label_key.replace('/', '-')}"
+    file_name = f"{builder.info.full_name.replace('/', '-')}-{split}{other_label}.npz"
     beside = Path(builder.data_path).parent / f"{version}-flax_resnet" / file_name
     place = hashlib.sha256(str(builder.data_path).encode()).hexdigest()[:12]
     in_user_cache = cache_folder(place)
     paths = [beside, in_user_cache / file_name] if in_user_cache else [beside]
     for path in paths:
-        cached = _read_cache(path, fingerprint)
+        cached = _read_cache(path, fingerprint, count)
         if cached is not None:
             return cached
 
-    images, labels = _decode(builder, split)
+    images, labels = _decode(builder, split, label_key)
     for path in paths:
         try:
             _write_cache(path, fingerprint, images, labels)
@@ -371,23 +456,35 @@ def _fingerprint(builder: _Builder, split: str) -> str:
     """Changes whenever a file of the split, or what TFDS says about them, does."""
     digest = hashlib.sha256((builder.data_path / "dataset_info.json").read_bytes())
     for path in builder.info.splits[split].filepaths:
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.length} {stat.mtime}\n".encode())
+        stat = os.stat(path)  # not the path's own, which wants to know the owner's name
+        digest.update(f"{path.name} {stat.st_size} {int(stat.st_mtime)}\n".encode())
     return digest.hexdigest()
 
 
-def _read_cache(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_cache(path: Path, fingerprint: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(images, labels), or None if there is no cache or it is stale or damaged."""
     if not os.path.exists(path):  # where Path raises: in a folder not to be looked into
         return None
     try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("not ours, which is not compressed")
         # Reading an array to its end checks its CRC-32.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["fingerprint"].item() == fingerprint:
-                return arrays["images"], arrays["labels"]
+                images, labels = arrays["images"], arrays["labels"]
+                if (images.dtype, images.ndim, len(images)) != (np.uint8, 4, count):
+                    raise ValueError("other images")
+                if (labels.dtype, labels.shape) != (np.int32, (count,)):
+                    raise ValueError("other labels")
+                return images, labels
             logger.info("the cache %s is stale", path)
     except Exception as error:  # of NumPy, zipfile and zlib, whatever bit is wrong
-        logger.warning("the cache %s is damaged (%s) and is made anew", path, error)
+        # NumPy would have the user unpickle what it does not know.
+        reason = "" if "pickle" in str(error) else f" ({short_reason(error)})"
+        logger.warning("the cache %s is damaged%s and is made anew", path, reason)
     return None
 
 
@@ -399,11 +496,13 @@ def _write_cache(path: Path, fingerprint: str, images: np.ndarray, labels: np.nd
         file.replace(path)  # whole or not at all
 
 
-def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes a split in the order of its files, as `tfds.data_source` does."""
     count = builder.info.splits[split].num_examples
     what = f"decoding {builder.name} {split}"
-    examples = bar(_examples(builder, split), count, what, unit=" images")
+    examples = bar(
+        map(_Decoder(builder, label_key), _records(builder, split)), count, what, unit=" images"
+    )
     images, labels = [], []
     try:
         for image, label in examples:
@@ -417,9 +516,12 @@ def _decode(builder: _Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array(labels, np.int32)
 
 
-def _check_labels(builder: _Builder, labels: np.ndarray) -> None:
+def _check_labels(builder: _Builder, labels: np.ndarray, num_classes: int) -> None:
     if (labels < 0).any():  # what TFDS gives examples whose label is not published
         raise InputError(f"{builder.name} has examples without a label in this split")
+    if (labels >= num_classes).any():
+        reason = f"a label is {labels.max()}, of {num_classes} classes"
+        raise InputError(_damaged(builder.name, builder.data_path, reason))
 
 
 def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:
@@ -427,15 +529,29 @@ def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:
         raise InputError(f"the images of {builder.name} differ in size: {sorted(shapes)[:3]} ...")
 
 
-def _examples(builder: _Builder, split: str) -> Iterator[tuple[np.ndarray, np.integer]]:
-    features = _two_features(builder)
-    for record in _records(builder, split):
-        example: Any = features.deserialize_example_np(record)
-        yield example["image"], example["label"]
+class _Decoder:
+    """From a serialised example to its image, uint8 [H, W, C], and its label."""
 
+    def __init__(self, builder: _Builder, label_key: str):
+        features = builder.info.features
+        *self._size, self._depth = features["image"].shape
+        self._label_key = label_key
+        # The image as the bytes of its file: TFDS's decoder takes a palette's indices for gray.
+        self._features = tfds.features.FeaturesDict(
+            {"image": tfds.features.Text(), label_key: features[label_key]}
+        )
 
-def _two_features(builder: _Builder) -> Any:
-    return tfds.features.FeaturesDict({k: builder.info.features[k] for k in ("image", "label")})
+    def __call__(self, record: bytes) -> tuple[np.ndarray, int]:
+        example: Any = self._features.deserialize_example_np(record)
+        with Image.open(io.BytesIO(example["image"]), formats=_FORMATS) as image:
+            for size, expected in zip(reversed(image.size), self._size, strict=True):
+                if expected not in (None, size):
+                    raise ValueError(f"an image of {image.width} x {image.height} pixels")
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"an image of more than 8 bits (mode {image.mode})")
+            mode = _MODES[self._depth]
+            pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        return pixels.reshape(*pixels.shape[:2], self._depth), int(example[self._label_key])
 
 
 def _reader(builder: _Builder, split: str) -> Any:
@@ -464,9 +580,10 @@ def _tfrecords(path: Any) -> Iterator[bytes]:
       EOFError: if the file ends inside a record.
     """
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while head := file.read(12):
             (length,) = struct.unpack("<Q", head[:8].ljust(8, b"\xff"))
-            if len(head) < 12 or length > path.stat().length:
+            if len(head) < 12 or length > size:
                 raise EOFError(f"{path} ends inside a record")
             data = file.read(length + 4)
             if len(data) < length + 4:

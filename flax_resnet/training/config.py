@@ -33,6 +33,10 @@ class Config:
     data_dir: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    # The feature of TFDS that is the label: cifar100 has "coarse_label" too.
+    label_key: str = "label"
+    # Of the images: 3 trains gray ones as red, green and blue; None leaves them as they are.
+    channels: int | None = None
     # "resident": the data set lies decoded in the memory of every device; "stream": it is
     # read from disk all the time, by `stream_workers` processes a host for each of the two
     # splits (0: by the run's own); "auto" streams what would take over a quarter of the
@@ -139,6 +143,7 @@ _DECIDED_BY_OTHER_KEYS = {
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
+    "channels": (lambda v: v is None or v >= 1, "at least 1"),
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),

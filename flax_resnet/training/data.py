@@ -65,7 +65,13 @@ def open_data(
     if own is None:
         name = config.dataset
         train, test = (
-            Source(name, split, config.data_dir)
+            Source(
+                name,
+                split,
+                config.data_dir,
+                label_key=config.label_key,
+                channels=config.channels,
+            )
             for split in (config.train_split, config.eval_split)
         )
     else:
