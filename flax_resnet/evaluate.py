@@ -30,14 +30,12 @@ from flax_resnet.data import (
     EvalBatches,
     Examples,
     ExampleSource,
-    Source,
-    checked,
     stream,
 )
 from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
-from flax_resnet.training.data import Split
+from flax_resnet.training.data import Split, open_split
 
 # A split that takes more bytes is streamed, where its files allow that.
 _LARGE = 2**30
@@ -90,7 +88,7 @@ def open_test_set(
 
     Args:
       run: says which.
-      data_dir: folder of TFDS, if it is not where the run found it.
+      data_dir: folder of TFDS or of the pictures, if it is not where the run found it.
       own: the split itself, of a run whose script brought its data.
 
     Raises:
@@ -98,7 +96,7 @@ def open_test_set(
     """
     config = run.config
     if isinstance(own, Dataset):
-        name, data = "the data", checked(own)
+        name, data = "the data", own
     else:
         if own is not None:
             name, source = "the data", ExampleSource(own)
@@ -109,13 +107,7 @@ def open_test_set(
             )
         else:
             name = config.dataset
-            source = Source(
-                name,
-                config.eval_split,
-                data_dir or config.data_dir,
-                label_key=config.label_key,
-                channels=config.channels,
-            )
+            source, _ = open_split(config, config.eval_split, data_dir=data_dir)
         data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
     trained_for = f"than the run in {run.workdir} was trained for"
     if data.class_names != run.class_names:

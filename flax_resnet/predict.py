@@ -5,21 +5,21 @@
 A folder stands for all pictures in it and below, by their names' endings; `-` for one on
 standard input. Any size, mode and format that Pillow reads will do: the picture is turned
 upright as its EXIF data say, laid on white where it is transparent, reduced to 8 bits, and
-of several frames the first is taken. The largest part around its middle with the training
-images' aspect ratio is then resized to their size, antialiased (bicubic).
+of several frames the first is taken. A run with `image_size` sees it as in its evaluation. Else
+the largest part around its middle with the training images' aspect ratio is resized to their
+size, antialiased (bicubic).
 
 A picture that cannot be read is named on standard error and left out, and the exit code is
 1 after the others. Other input that cannot be used ends with one line there and exit code 2.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -29,16 +29,18 @@ from scipy.special import softmax
 from tqdm import tqdm
 
 from flax_resnet.cli import Parser, run_program
-from flax_resnet.errors import InputError, one_line, printable
+from flax_resnet.data.pictures import find_pictures, opened, read_for_evaluation, upright
+from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
+from flax_resnet.training.data import sizing
 
 _BATCH_SIZE = 64
 _TOP = 5
 
 
 def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.ndarray:
-    """Reads a picture as a training image, as the top of this file says.
+    """Reads a picture as a training image of a run without `image_size`.
 
     Args:
       source: a file, or what it holds.
@@ -52,57 +54,16 @@ def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.n
         `PIL.Image.MAX_IMAGE_PIXELS`, 179 million as Pillow comes.
     """
     height, width, channels = image_shape
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: large, or with odd metadata
-            with Image.open(source) as image:
-                image.load()
-                upright = image
-                with contextlib.suppress(Exception):  # where its metadata alone is damaged
-                    upright = ImageOps.exif_transpose(image)
-                sized = ImageOps.fit(_to_8_bits(upright), (width, height), Image.Resampling.BICUBIC)
-    except Exception as error:  # Pillow's decoders raise what they like
-        raise InputError(_reason(error)) from error
-    return np.asarray(sized.convert("L" if channels == 1 else "RGB")).reshape(image_shape)
+    with opened(source) as image:
+        sized = ImageOps.fit(upright(image), (width, height), Image.Resampling.BICUBIC)
+        return np.asarray(sized.convert("L" if channels == 1 else "RGB")).reshape(image_shape)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """As "L" or "RGB"."""
-    if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
-        values = np.asarray(image, np.float64)
-        white = 65535
-        if image.mode == "F":  # where two conventions live
-            white = 1 if values.max() <= 1 else 255
-        return Image.fromarray(np.uint8(np.clip(values / white, 0, 1) * 255 + 0.5))
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error)
-
-
-def find_images(path: Path) -> list[Path]:
-    """The pictures in a folder and below, in order, by their names' endings.
-
-    Raises:
-      InputError: if there is none.
-    """
-    endings = {
-        ending
-        for ending, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN  # some are only written
-    }
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and os.path.isfile(p))
-    if not found:
-        raise InputError("a folder without pictures")
-    return found
+def _reader(run: Run) -> Callable[[str | BytesIO], np.ndarray]:
+    """A picture as the run's evaluation has it."""
+    if run.config.image_size is None or "data" in run.brought:
+        return partial(read_image, image_shape=run.image_shape)
+    return partial(read_for_evaluation, sizing=sizing(run.config, run.image_shape[2]))
 
 
 def _parser() -> Parser:
@@ -133,9 +94,11 @@ def _main(options: argparse.Namespace) -> int:
     paths: list[str] = []
     for given in options.images:
         try:
-            paths += map(str, find_images(Path(given))) if os.path.isdir(given) else [given]
+            paths += _pictures_in(given) if os.path.isdir(given) else [given]
         except InputError as error:
             skip(given, error)
+
+    read_one = _reader(run)
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
         count = len(paths)
@@ -143,7 +106,7 @@ def _main(options: argparse.Namespace) -> int:
         for path in shown:
             try:
                 source = BytesIO(sys.stdin.buffer.read()) if path == "-" else path
-                yield path, read_image(source, run.image_shape)
+                yield path, read_one(source)
             except InputError as error:
                 skip(path, error)
 
@@ -157,6 +120,13 @@ def _main(options: argparse.Namespace) -> int:
         for name, probabilities in zip(names, softmax(logits, axis=-1), strict=True):
             tqdm.write(show(name, _best(run, probabilities)))
     return 1 if failed else 0
+
+
+def _pictures_in(folder: str) -> list[str]:
+    found = list(map(str, find_pictures(folder)))
+    if not found:
+        raise InputError("a folder without pictures")
+    return found
 
 
 def _best(run: Run, probabilities: np.ndarray) -> list[tuple[str, float]]:

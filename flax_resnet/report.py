@@ -48,9 +48,10 @@ from flax_resnet.evaluate import (
 )
 from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, load_run, open_run
-from flax_resnet.training import check_config, files, hosts
+from flax_resnet.training import check_config, hosts
 from flax_resnet.training.data import Split
 from flax_resnet.training.history import best_of
+from flax_resnet.training.jsonfiles import write_whole
 from flax_resnet.training.own import without_replaced
 
 _BINS = 15
@@ -151,7 +152,7 @@ def write_report(
             ],
         )
     try:
-        files.write_whole(path, page)
+        write_whole(path, page)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}; name another --output") from error
     return path

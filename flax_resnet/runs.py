@@ -26,6 +26,7 @@ from flax_resnet.training.checkpoint_files import (
 )
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.history import Record
+from flax_resnet.training.jsonfiles import read_json
 from flax_resnet.training.mesh import find_devices, make_mesh
 from flax_resnet.training.plan import build_model
 
@@ -106,7 +107,7 @@ def open_run(workdir: str | Path, checkpoint: str | int, model: nn.Module | None
     path = workdir / "config.json"
     if not os.path.isfile(path):  # False too where one may not look
         raise InputError(f"{workdir} is not the folder of a run: it has no config.json")
-    stored = files.read_json(path)
+    stored = read_json(path)
     brought = _words(stored.pop(files.BROUGHT, {}))
     try:
         config = check_config(stored)
@@ -173,7 +174,7 @@ def make_classifier(
 
 def _description(path: Path) -> dict[str, Any]:
     """What `Run` has from dataset.json."""
-    content = files.read_json(path)
+    content = read_json(path)
     keys = ("class_names", "image_shape", "mean", "std")
     names, shape, mean, std = (content.get(key, ()) for key in keys)
     if not (

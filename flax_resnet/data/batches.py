@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import flags, logging
 
+from flax_resnet.data.photos import Photos
 from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
@@ -46,8 +47,20 @@ def epoch_order(seed: int, epoch: int, num_examples: int, rollbacks: int = 0) ->
     return order
 
 
+def example_random(seed: int, epoch: int, index: int, rollbacks: int = 0) -> np.random.Generator:
+    """What is drawn for one example in one epoch, whatever batch it stands in.
+
+    Args:
+      seed, epoch, rollbacks: see `epoch_order`.
+      index: of the example.
+    """
+    # The order of the epoch counts from 0 in the lowest of the four words.
+    key = [seed + (rollbacks << 32), epoch]
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, index, 1]))
+
+
 class Readable(Protocol):
-    """A split as `Source`, `Dataset` and `ExampleSource` are: what gives examples by number."""
+    """A split as `Source`, `Dataset`, ... are: what gives images of one size by number."""
 
     def __len__(self) -> int: ...
 
@@ -86,7 +99,11 @@ class TrainBatches:
         epoch, position = divmod(self.first + i, steps_per_epoch)
         order = epoch_order(self.seed, epoch, len(self.source), self.rollbacks)
         index = order[position * self.batch_size :][: self.batch_size][self.share]
-        image, label = self.source.read(index)
+        if isinstance(self.source, Photos) and self.source.random_crops:
+            randoms = (example_random(self.seed, epoch, int(i), self.rollbacks) for i in index)
+            image, label = self.source.read_crops(index, randoms)
+        else:
+            image, label = self.source.read(index)
         return {"image": image, "label": label, "index": index}
 
 

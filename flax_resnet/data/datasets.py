@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -223,11 +223,37 @@ class Source:
         _check_labels(self._builder, labels, len(self.class_names))
         return self._with_channels(np.stack(images)), labels
 
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self._builder.name
+
+    def files(self, index: np.ndarray) -> tuple[list[io.BytesIO], np.ndarray]:
+        """The images of some examples as the files that they are, and their labels.
+
+        Raises:
+          InputError: if they cannot be read, or have no label.
+        """
+        files, labels = self._examples(index, self._decoder.file)
+        _check_labels(self._builder, labels, len(self.class_names))
+        return files, labels
+
+    def where(self, i: int) -> str:
+        """An example, for people."""
+        return f"example {i} of {self.name}"
+
     def _with_channels(self, images: np.ndarray) -> np.ndarray:
         return images if self._repeats == 1 else np.repeat(images, self._repeats, -1)
 
     def _decode(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        images, labels = [np.empty(0)] * len(index), np.empty(len(index), np.int32)
+        return self._examples(index, self._decoder)
+
+    def _examples(
+        self, index: np.ndarray, decode: Callable[[bytes], tuple[Any, int]]
+    ) -> tuple[list[Any], np.ndarray]:
+        """What `decode` makes of serialised examples, and their labels."""
+        images: list[Any] = [None] * len(index)
+        labels = np.empty(len(index), np.int32)
         range_of_each = np.searchsorted(self._ends, index, side="right")
         try:
             for i in np.unique(range_of_each):
@@ -238,7 +264,7 @@ class Source:
                 within = index[places] - self._ends[i] + stop
                 records = self._readers[split].__getitems__(within.tolist())
                 for place, record in zip(places, records, strict=True):
-                    images[place], labels[place] = self._decoder(record)
+                    images[place], labels[place] = decode(record)
             return images, labels
         except Exception as error:  # of the file readers and the decoders
             raise InputError(
@@ -541,9 +567,14 @@ class _Decoder:
             {"image": tfds.features.Text(), label_key: features[label_key]}
         )
 
-    def __call__(self, record: bytes) -> tuple[np.ndarray, int]:
+    def file(self, record: bytes) -> tuple[io.BytesIO, int]:
+        """The image as the file that it is."""
         example: Any = self._features.deserialize_example_np(record)
-        with Image.open(io.BytesIO(example["image"]), formats=_FORMATS) as image:
+        return io.BytesIO(example["image"]), int(example[self._label_key])
+
+    def __call__(self, record: bytes) -> tuple[np.ndarray, int]:
+        file, label = self.file(record)
+        with Image.open(file, formats=_FORMATS) as image:
             for size, expected in zip(reversed(image.size), self._size, strict=True):
                 if expected not in (None, size):
                     raise ValueError(f"an image of {image.width} x {image.height} pixels")
@@ -551,7 +582,7 @@ class _Decoder:
                 raise ValueError(f"an image of more than 8 bits (mode {image.mode})")
             mode = _MODES[self._depth]
             pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-        return pixels.reshape(*pixels.shape[:2], self._depth), int(example[self._label_key])
+        return pixels.reshape(*pixels.shape[:2], self._depth), label
 
 
 def _reader(builder: _Builder, split: str) -> Any:

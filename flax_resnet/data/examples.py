@@ -91,7 +91,11 @@ class ExampleSource:
                 f"the images of {self.name} differ in shape: {list(self.image_shape)} at first, "
                 f"{list(image.shape)} in example {i}"
             )
-        _check_range(self.name, np.array([label]), len(self.class_names), i)
+        if not 0 <= label < len(self.class_names):
+            raise InputError(
+                f"label {label} of example {i} in {self.name} is not from 0 to "
+                f"{len(self.class_names) - 1}, for {len(self.class_names)} class_names"
+            )
         return image, label
 
     def _example(self, i: int) -> tuple[np.ndarray, int]:
@@ -114,32 +118,3 @@ class ExampleSource:
                 f"{list(label.shape)}"
             )
         return image.reshape(*image.shape[:2], -1), int(label)
-
-
-def checked(dataset: Dataset) -> Dataset:
-    """Arrays that somebody has made, fit for training: labels as int32.
-
-    Raises:
-      InputError: if they are no images and labels, or a label is no class.
-    """
-    images, labels = np.asarray(dataset.images), np.asarray(dataset.labels)
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.size:
-        raise InputError(
-            f"images are uint8 [N, H, W, C], these are {images.dtype} {list(images.shape)}"
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"labels of {len(images)} images are int [{len(images)}], these are {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    _check_range("the data", labels, len(dataset.class_names))
-    return Dataset(images, labels.astype(np.int32), tuple(dataset.class_names))
-
-
-def _check_range(name: str, labels: np.ndarray, classes: int, first: int = 0) -> None:
-    (wrong,) = np.nonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        raise InputError(
-            f"label {labels[wrong[0]]} of example {first + wrong[0]} in {name} is not one of its "
-            f"{classes} classes: labels are 0 to {classes - 1}"
-        )

@@ -15,10 +15,11 @@ def mix(
     mixup: float = 0.0,
     cutmix: float = 0.0,
 ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"], Float[Array, " n"]]:
-    """Mixes each image with the one before it in the batch.
+    """Mixes each two neighbours in the batch, either with the other.
 
-    The loss is then share * loss(logits, labels) + (1 - share) * loss(logits, other labels), as
-    in both papers. Each image has its own share and place, by its own key.
+    So no image leaves the device that it is on. The last of an odd number stays. The loss is
+    then share * loss(logits, labels) + (1 - share) * loss(logits, other labels), as in both
+    papers. Each image has its own share and place, by its own key.
 
     Args:
       images: [N, H, W, C], normalised.
@@ -33,10 +34,16 @@ def mix(
     Returns:
       The images, the others' labels, int32 [N], and the shares, float32 [N].
     """
-    others, other_labels = (jnp.roll(array, 1, axis=0) for array in (images, labels))
+    others, other_labels = _swap_neighbours(images), _swap_neighbours(labels)
     one = partial(_mix_one, mixup=mixup, cutmix=cutmix)
     mixed, share = jax.vmap(one)(images, others, keys)
     return mixed, other_labels, share
+
+
+def _swap_neighbours(array):
+    pairs = array[: len(array) // 2 * 2].reshape(-1, 2, *array.shape[1:])
+    swapped = pairs[:, ::-1].reshape(-1, *array.shape[1:])
+    return jnp.concatenate([swapped, array[-1:]]) if len(array) % 2 else swapped
 
 
 def _mix_one(image, other, key, *, mixup, cutmix):

@@ -28,7 +28,7 @@ class Config:
     seed: int = 0
 
     # Data: a TFDS name, its folder (None: $TFDS_DATA_DIR or ~/tensorflow_datasets),
-    # and TFDS split strings.
+    # and TFDS split strings. Or "folder:PATH", of PATH/train/CLASS/* and PATH/val/CLASS/*.
     dataset: str = "cifar10"
     data_dir: str | None = None
     train_split: str = "train"
@@ -37,14 +37,33 @@ class Config:
     label_key: str = "label"
     # Of the images: 3 trains gray ones as red, green and blue; None leaves them as they are.
     channels: int | None = None
+    # Pixels a side to which pictures are brought, of whatever size they are; None for data of
+    # one size, which stays. In evaluation their shorter side becomes `eval_resize` (None:
+    # image_size / 0.875), and the middle is cut out.
+    image_size: int | None = None
+    eval_resize: int | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    # Pictures that cannot be read: "stop" names them, "skip" leaves them out.
+    bad_images: Literal["stop", "skip"] = "stop"
+    # Images are normalised by the mean and deviation of the training images ("data"), those of
+    # ImageNet ("imagenet"), or numbers in units of full white, of each channel, as
+    # "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data", but with `init_from` what that was trained
+    # with: another run's numbers, or ImageNet's for published weights.
+    normalize: str = "auto"
     # "resident": the data set lies decoded in the memory of every device; "stream": it is
     # read from disk all the time, by `stream_workers` processes a host for each of the two
     # splits (0: by the run's own); "auto" streams what would take over a quarter of the
     # memory. The batches are the same.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
-    # Pixels of black added on every side before a random crop; 0 for no crop.
+    # "padded": each training image is moved by up to `crop_padding` pixels, black coming in from
+    # the sides. "resized": a random part of each picture, resized to `image_size`, as
+    # torchvision's RandomResizedCrop (arXiv:1409.4842, section 6): `crop_area` is the range of
+    # its share of the picture, `crop_ratio` that of its width by its height.
+    crop: Literal["padded", "resized"] = "padded"
     crop_padding: int = 4
+    crop_area: tuple[float, ...] = (0.08, 1.0)
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
     horizontal_flip: bool = True
     # Pixels a side of a square hidden at a random place of every training image; 0 for none.
     cutout: int = 0
@@ -144,6 +163,21 @@ _DECIDED_BY_OTHER_KEYS = {
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
     "channels": (lambda v: v is None or v >= 1, "at least 1"),
+    "image_size": (lambda v: v is None or 1 <= v <= 4096, "from 1 to 4096"),
+    "eval_resize": (lambda v: v is None or 1 <= v <= 8192, "from 1 to 8192"),
+    "normalize": (
+        lambda v: v in ("auto", "data", "imagenet") or numbers_of(v) is not None,
+        "auto, data, imagenet, or a mean and a deviation above 0 of each channel, "
+        "as 0.5,0.5,0.5/0.2,0.2,0.2",
+    ),
+    "crop_area": (
+        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+        "two shares of the picture, above 0 and at most 1, the smaller one first",
+    ),
+    "crop_ratio": (
+        lambda v: len(v) == 2 and 0.01 <= v[0] <= v[1] <= 100,
+        "two numbers from 0.01 to 100, the smaller one first",
+    ),
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),
@@ -234,12 +268,28 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     run = Config(**checked)
     if run.schedule == "onecycle" and not run.warmup_epochs:
         problems.append("schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle")
+    if run.dataset.startswith("folder:") and run.image_size is None:
+        problems.append("a folder of pictures needs image_size, such as 224")
+    if run.crop == "resized" and run.image_size is None:
+        problems.append("crop 'resized' needs image_size, such as 224")
+    if run.eval_resize is not None and run.eval_resize < (run.image_size or math.inf):
+        problems.append(f"eval_resize must be at least image_size, {run.image_size}")
     if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
         problems.append("nesterov needs momentum above 0")
     problems += _model_problems(run)
     if problems:
         raise InputError("; ".join(problems))
     return run
+
+
+def numbers_of(normalize: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of each channel, where `Config.normalize` is numbers."""
+    try:
+        mean, std = (tuple(map(float, part.split(","))) for part in normalize.split("/"))
+    except ValueError:
+        return None
+    fits = len(mean) == len(std) and all(map(math.isfinite, mean + std)) and min(std) > 0
+    return (mean, std) if fits else None
 
 
 def _has_type(value: Any, hint: Any) -> bool:

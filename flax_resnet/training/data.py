@@ -1,7 +1,11 @@
 """The two splits of a run: in memory where they fit there, else on disk."""
 
 import contextlib
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -11,19 +15,28 @@ from flax_resnet.data import (
     EvalBatches,
     Examples,
     ExampleSource,
+    Folder,
+    Photos,
+    Sizing,
     Source,
     channel_statistics,
-    checked,
     stream,
+    without_bad,
 )
 from flax_resnet.errors import InputError
-from flax_resnet.training.config import Config
+from flax_resnet.progress import say
+from flax_resnet.training.config import Config, numbers_of
 from flax_resnet.training.hardware import host_memory
+from flax_resnet.training.jsonfiles import read_json
 
 # The rest of the memory is for activations, gradients and the optimizer.
 _SHARE_OF_MEMORY = 0.25
+_FOLDER = "folder:"
+# Of ImageNet's training images, as torchvision and timm have them.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-Split = Dataset | Source | ExampleSource
+Split = Dataset | Source | ExampleSource | Photos
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -31,9 +44,10 @@ class Data:
     """The two splits of a run.
 
     Attributes:
-      train, test: both in memory, or both to be streamed.
-      mean, std: of the training images' channels, in units of full white.
+      train, test: in memory, or to be streamed.
+      mean, std: that images are normalised by, of each channel, in units of full white.
       name: of the data set.
+      facts: what dataset.json says of it beside.
     """
 
     train: Split
@@ -41,6 +55,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_resident(self) -> bool:
@@ -49,12 +64,16 @@ class Data:
 
 
 def open_data(
-    config: Config, mesh: Mesh, own: tuple[Dataset | Examples, Dataset | Examples] | None = None
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    own: tuple[Dataset | Examples, Dataset | Examples] | None = None,
 ) -> Data:
     """Loads the splits of a run, or only opens them where they do not fit.
 
     Args:
       config: names them.
+      workdir: of the run, which may have begun.
       mesh: whose memory counts.
       own: (train, test) in place of those of the config.
 
@@ -62,44 +81,94 @@ def open_data(
       InputError: if they cannot be read, do not belong together, or are to be streamed and
         cannot.
     """
+    facts: dict[str, Any] = {}
     if own is None:
         name = config.dataset
-        train, test = (
-            Source(
-                name,
-                split,
-                config.data_dir,
-                label_key=config.label_key,
-                channels=config.channels,
-            )
-            for split in (config.train_split, config.eval_split)
-        )
+        train, facts["train"] = open_split(config, config.train_split, training=True)
+        test, facts["test"] = open_split(config, config.eval_split)
     else:
         train, test = map(_open_own, own)
         name = " and ".join(dict.fromkeys(type(split).__name__ for split in own))
+    facts = {what: about for what, about in facts.items() if about}
     for what in ("image_shape", "class_names"):
         ours, theirs = getattr(train, what), getattr(test, what)
         if ours != theirs:
             raise InputError(f"{what} of {name}: {ours} in training, {theirs} in the test split")
 
-    if _fits(config, mesh, train, test):
-        train, test = (s if isinstance(s, Dataset) else s.load() for s in (train, test))
-        chunks = np.array_split(train.images, max(1, len(train) // 1024))
-        return Data(train, test, *channel_statistics(chunks), name)
-    for split in (train, test):
-        if isinstance(split, Source) and not split.can_be_streamed:
-            raise InputError(
-                f"{name} cannot be streamed from TFRecord files: prepare it with "
-                "file_format='array_record', or set --config.data_feed=resident"
-            )
-    batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
-    with contextlib.closing(stream(batches, config.stream_workers)) as read:
-        statistics = channel_statistics(b["image"][b["mask"]] for b in read)
-    return Data(train, test, *statistics, name)
+    crops = isinstance(train, Photos) and train.random_crops
+    if not crops and _fits(config, mesh, train, test):
+        train, test = map(_load, (train, test))
+    else:
+        for split in (train, test):
+            if isinstance(split, Source) and not split.can_be_streamed:
+                raise InputError(
+                    f"{name} cannot be streamed from TFRecord files: prepare it with "
+                    "file_format='array_record', or set --config.data_feed=resident"
+                )
+        # Of pictures each evaluation would else decode all again.
+        if config.data_feed != "stream" and test.nbytes <= _SHARE_OF_MEMORY * host_memory():
+            test = _load(test)
+    mean, std = _normalization(config, workdir, train, facts)
+    return Data(train, test, mean, std, name, facts)
+
+
+def open_split(
+    config: Config, split: str, *, training: bool = False, data_dir: str | None = None
+) -> tuple[Source | Photos, dict[str, Any]]:
+    """A split that a config names, and what dataset.json says of it.
+
+    Args:
+      config: names the data set.
+      split: see `Source` and `Folder`.
+      training: whether training reads it.
+      data_dir: folder of TFDS, or the folder of pictures, if not the config's.
+
+    Raises:
+      InputError: if it cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    if config.dataset.startswith(_FOLDER):
+        pictures = Folder(data_dir or config.dataset.removeprefix(_FOLDER), split)
+        pictures, left_out = without_bad(pictures, skip=config.bad_images == "skip")
+        facts = {"files": pictures.fingerprint(), "bad_images": left_out}
+        channels = config.channels or 3
+    else:
+        pictures = Source(
+            config.dataset,
+            split,
+            data_dir or config.data_dir,
+            label_key=config.label_key,
+            channels=config.channels,
+        )
+        if config.image_size is None:
+            return pictures, facts
+        channels = pictures.image_shape[2]
+    crops = training and config.crop == "resized"
+    return Photos(pictures, sizing(config, channels), random_crops=crops), facts
+
+
+def sizing(config: Config, channels: int) -> Sizing:
+    """How the pictures of a run with `image_size` come to it."""
+    size = config.image_size
+    assert size is not None
+    return Sizing(
+        image_size=size,
+        eval_resize=config.eval_resize or round(size / 0.875),
+        interpolation=config.interpolation,
+        channels=channels,
+        crop_area=(config.crop_area[0], config.crop_area[1]),
+        crop_ratio=(config.crop_ratio[0], config.crop_ratio[1]),
+    )
 
 
 def _open_own(split: Dataset | Examples) -> Dataset | ExampleSource:
-    return checked(split) if isinstance(split, Dataset) else ExampleSource(split)
+    if not isinstance(split, Dataset):
+        return ExampleSource(split)
+    return Dataset(split.images, split.labels.astype(np.int32), tuple(split.class_names))
+
+
+def _load(split: Split) -> Dataset:
+    return split if isinstance(split, Dataset) else split.load()
 
 
 def _fits(config: Config, mesh: Mesh, train: Split, test: Split) -> bool:
@@ -114,3 +183,64 @@ def _memory(mesh: Mesh) -> int:
     """Bytes of a device's memory, or of the host's where that is what the device has."""
     stats = mesh.local_devices[0].memory_stats() or {}
     return stats.get("bytes_limit", host_memory())
+
+
+# Normalisation.
+
+
+def _normalization(
+    config: Config, workdir: Path, train: Split, facts: Mapping[str, Any]
+) -> Statistics:
+    """(mean, std), as `config.normalize` says."""
+    channels = train.image_shape[2]
+    how: str | Statistics = numbers_of(config.normalize) or config.normalize
+    begun = workdir / "dataset.json"
+    stored = read_json(begun) if begun.exists() else None
+    if how == "auto":
+        how = "data"
+        if config.init_from:
+            how = _of_source(config.init_from) if stored is None else _stored(stored, begun)
+    if how == "imagenet":
+        how = _IMAGENET
+    if isinstance(how, str):
+        if stored is not None and "train" in facts and stored.get("train") == facts["train"]:
+            return _stored(stored, begun)  # the same pictures, which need not be read for it
+        return _measure(config, train)
+    if len(how[0]) != channels:
+        raise InputError(
+            f"normalize={config.normalize} is of {len(how[0])} channels, and the images have "
+            f"{channels}"
+        )
+    return how
+
+
+def _of_source(init_from: str) -> Statistics:
+    """What the weights were trained with; says so."""
+    path = Path(init_from) / "dataset.json"
+    if os.path.isdir(init_from):
+        statistics, whose = _stored(read_json(path), path), f"the run in {init_from}"
+    else:
+        statistics, whose = _IMAGENET, "ImageNet's, as published weights mostly want them"
+    say(
+        f"images are normalised by mean and deviation of {whose}; "
+        "--config.normalize=data takes those of the data"
+    )
+    return statistics
+
+
+def _stored(content: Mapping[str, Any], path: Path) -> Statistics:
+    try:
+        mean, std = (tuple(map(float, content[key])) for key in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: it does not hold mean and std") from error
+    return mean, std
+
+
+def _measure(config: Config, train: Split) -> Statistics:
+    """Over all training images, as they are in evaluation."""
+    if isinstance(train, Dataset):
+        chunks = np.array_split(train.images, max(1, len(train) // 1024))
+        return channel_statistics(chunks)
+    batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
+    with contextlib.closing(stream(batches, config.stream_workers)) as read:
+        return channel_statistics(b["image"][b["mask"]] for b in read)

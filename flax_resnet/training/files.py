@@ -14,6 +14,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
 from flax_resnet.training.data import Data
+from flax_resnet.training.jsonfiles import read_json, write_json
 from flax_resnet.training.own import without_replaced
 
 # Of config.json, beside the keys of `Config`: by name, what a script has brought.
@@ -113,15 +114,16 @@ def write_description(
             "image_shape": data.train.image_shape,
             "mean": data.mean,
             "std": data.std,
+            **data.facts,
         }
     )
     path = workdir / "dataset.json"
     # A key that an earlier version did not write is not compared.
     if path.exists() and dataset | read_json(path) != dataset:
         raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
-    _write_json(path, dataset)
+    write_json(path, dataset)
     content = without_replaced(dataclasses.asdict(config), brought)
-    _write_json(workdir / "config.json", content | ({BROUGHT: brought} if brought else {}))
+    write_json(workdir / "config.json", content | ({BROUGHT: brought} if brought else {}))
 
 
 @contextlib.contextmanager
@@ -150,29 +152,3 @@ def locked(workdir: Path) -> Iterator[None]:
 def _as_json(content: Any) -> Any:
     """As it comes back from a JSON file: tuples as lists."""
     return json.loads(json.dumps(content))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-      InputError: if it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: it does not hold a JSON object")
-    return content
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content, encoding="utf-8")
-    temporary.replace(path)

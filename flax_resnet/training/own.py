@@ -19,7 +19,11 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]
 # The keys of a config that each takes the place of.
 REPLACED = {
     "model": ("model", "model_fields", "dtype", "batch_norm", "freeze"),
-    "data": ("dataset", "data_dir", "train_split", "eval_split"),
+    "data": (
+        *("dataset", "data_dir", "train_split", "eval_split", "label_key", "channels"),
+        *("image_size", "eval_resize", "interpolation", "bad_images"),
+        *("crop", "crop_area", "crop_ratio"),
+    ),
     "loss": ("label_smoothing",),
     "optimizer": (
         "optimizer",

@@ -101,7 +101,7 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
     if mesh.size == 1 and platform(mesh) == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.load, daemon=True).start()
-    data = hosts.first_host_first("data", partial(open_data, config, mesh, own.data))
+    data = hosts.first_host_first("data", partial(open_data, config, workdir, mesh, own.data))
     _check_sizes(config, data, own)
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
@@ -185,7 +185,8 @@ def _check_sizes(config: Config, data: Data, own: Own) -> None:
     if len(data.train) < config.batch_size:
         raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
     pixels = max(data.train.image_shape[:2])
-    for key in () if own.augment else ("crop_padding", "cutout"):
+    used = ("cutout",) if config.crop == "resized" else ("crop_padding", "cutout")
+    for key in () if own.augment else used:
         if getattr(config, key) > pixels:
             raise InputError(
                 f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"

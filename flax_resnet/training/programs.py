@@ -73,7 +73,7 @@ def make_augment(
             images,
             index,
             epoch_key,
-            crop_padding=config.crop_padding,
+            crop_padding=config.crop_padding if config.crop == "padded" else 0,
             flip=config.horizontal_flip,
             cutout=config.cutout,
             fill=plan.data.mean,

@@ -18,8 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet.errors import InputError
 from flax_resnet.progress import Progress, say, warn
 from flax_resnet.training import programs, tensorboard
-from flax_resnet.training.files import write_whole
 from flax_resnet.training.history import History, Record
+from flax_resnet.training.jsonfiles import write_whole
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import TrainState, split_layers
 

@@ -204,10 +204,10 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     devices = mesh.make_mesh(config.batch_size)
     for data_feed, kind in (("auto", Source), ("resident", fr.Dataset), ("stream", Source)):
         run = check_config(changed(config, data_feed=data_feed, stream_workers=0))
-        splits = data.open_data(run, devices)
+        splits = data.open_data(run, tmp_path, devices)
         assert type(splits.train) is type(splits.test) is kind
     monkeypatch.undo()
-    assert type(data.open_data(check_config(config), devices).train) is fr.Dataset
+    assert type(data.open_data(check_config(config), tmp_path, devices).train) is fr.Dataset
 
 
 @pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])

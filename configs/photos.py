@@ -1,0 +1,44 @@
+"""Photographs in folders, a class each: from scratch, or from published weights.
+
+    python train.py --config configs/photos.py --config.dataset=folder:PATH
+
+PATH has PATH/train/CLASS/* and PATH/val/CLASS/*, or test; with the classes directly in PATH add
+--config.train_split='train[:90%]' --config.eval_split='train[90%:]'. Made for 200 to 20,000
+pictures.
+
+From weights, the better way where there are few pictures:
+
+    python train.py --config configs/photos.py --config.dataset=folder:PATH \
+        --config.init_from=timm/resnet18.a1_in1k --config.image_size=224 \
+        --config.learning_rate=0.01
+
+Measured: see docs/results.md.
+"""
+
+from flax_resnet.training import default_config
+
+
+def get_config():
+    config = default_config()
+    config.dataset = "folder:"  # to be given on the command line
+    config.image_size = 128
+    config.crop = "resized"
+    # Half of a picture at least: a small part may not show what it is a picture of.
+    config.crop_area = (0.5, 1.0)
+    config.horizontal_flip = True
+    config.stream_workers = 2
+
+    config.model = "resnet18"
+    config.batch_size = 32
+    config.eval_batch_size = 64
+    config.num_epochs = 30
+
+    config.schedule = "onecycle"
+    config.learning_rate = 0.05
+    config.warmup_epochs = 5.0
+    config.momentum = 0.9
+    config.nesterov = True
+    config.weight_decay = 5e-4
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.99
+    return config

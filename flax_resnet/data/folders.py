@@ -1,0 +1,126 @@
+"""A folder of photographs as a data set, read where they lie: PATH/SPLIT/CLASS/*."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tensorflow_datasets.core.splits import ReadInstruction, SplitDict, SplitInfo
+
+from flax_resnet.data.pictures import find_pictures
+from flax_resnet.errors import InputError, printable
+
+# Names that people give to the pictures for evaluation: of those that are there the first will do.
+_EVALUATION = ("test", "val", "valid", "validation")
+
+
+class Folder:
+    """A split of a folder.
+
+    PATH/train/CLASS/* and PATH/val/CLASS/*, or test, as torchvision's ImageFolder and timm have
+    them; with the classes directly in PATH there is one split, train. The order is that of the
+    paths' SHA-256: a part such as train[:90%] has all classes in it.
+
+    Args:
+      path: the folder.
+      split: a split string as TFDS has them: "train", "train[:90%]", "val".
+
+    Attributes:
+      name: of the folder.
+      class_names: the names of the folders in train, sorted.
+      paths: of the pictures.
+      labels: int32 [N].
+
+    Raises (when made):
+      InputError: if there is no such folder or split, or it is empty, or a class is empty, or
+        one that train has not.
+    """
+
+    def __init__(self, path: str, split: str):
+        root = Path(os.path.expanduser(path))
+        self.name = printable(root.resolve().name)
+        if not root.is_dir():
+            raise InputError(f"there is no folder {root}")
+        has_splits = (root / "train").is_dir()
+        folders = {f.name: f for f in _folders(root)} if has_splits else {"train": root}
+        for name in _EVALUATION:
+            there = [folders[other] for other in _EVALUATION if other in folders]
+            if name not in folders and there and re.search(rf"\b{name}\b", split):
+                folders[name] = there[0]
+        self.class_names = tuple(f.name for f in _folders(folders["train"]))
+        if not self.class_names:
+            raise InputError(f"{folders['train']} has no folders, one a class, with pictures")
+        named = {n for n in folders if split == "all" or re.search(rf"\b{re.escape(n)}\b", split)}
+        found = {name: _examples(folders[name], self.class_names) for name in named}
+        infos = [SplitInfo(name, [len(examples)], 0) for name, examples in found.items()]
+        try:
+            parts = ReadInstruction.from_spec(split).to_absolute(SplitDict(infos))
+        except (ValueError, KeyError, NotImplementedError) as error:
+            hint = "; of one split, use train[:90%] and train[90%:]" if not has_splits else ""
+            raise InputError(
+                f"{root} has no split {split!r}; it has: {', '.join(sorted(folders))}{hint}"
+            ) from error
+        examples = [e for p in parts for e in found[p.splitname][slice(p.from_, p.to)]]
+        if not examples:
+            raise InputError(f"split {split!r} of {root} is empty")
+        self.paths, labels = (list(values) for values in zip(*examples, strict=True))
+        self.labels = np.array(labels, np.int32)
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def files(self, index: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The files and labels of some examples."""
+        return [self.paths[i] for i in index], self.labels[index]
+
+    def where(self, i: int) -> str:
+        """An example, for people."""
+        return printable(self.paths[i])
+
+    def fingerprint(self) -> str:
+        """Changes whenever a picture comes, goes or gets another size."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.relpath(path, self._root)))
+            digest.update(f"\0{os.stat(path).st_size}\0".encode())
+        return digest.hexdigest()
+
+    def without(self, bad: Iterable[int]) -> "Folder":
+        """The same but for some examples."""
+        left = np.setdiff1d(np.arange(len(self)), list(bad))
+        other = object.__new__(Folder)
+        other.__dict__ |= self.__dict__
+        other.paths, other.labels = [self.paths[i] for i in left], self.labels[left]
+        return other
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those directly in it, but hidden ones, sorted by name."""
+    try:
+        return sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _examples(folder: Path, class_names: tuple[str, ...]) -> list[tuple[str, int]]:
+    """(path, label) of all pictures of a split."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    examples = []
+    for of_class in _folders(folder):
+        if of_class.name not in labels:
+            raise InputError(
+                f"{printable(str(folder))} has a class that train has not: "
+                f"{printable(of_class.name)}"
+            )
+        pictures = find_pictures(of_class)
+        if not pictures:
+            raise InputError(f"class {printable(str(of_class))} has no pictures")
+        examples += [(os.fspath(picture), labels[of_class.name]) for picture in pictures]
+
+    def key(example: tuple[str, int]) -> bytes:
+        return hashlib.sha256(os.fsencode(os.path.relpath(example[0], folder))).digest()
+
+    return sorted(examples, key=key)

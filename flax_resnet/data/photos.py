@@ -1,0 +1,183 @@
+"""Splits of pictures of any size: what a net sees of them in training and in evaluation."""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from flax_resnet.data.datasets import Dataset
+from flax_resnet.data.pictures import (
+    Sizing,
+    opened,
+    read_for_evaluation,
+    read_for_training,
+    upright,
+)
+from flax_resnet.errors import InputError
+from flax_resnet.models.caches import cache_folder
+from flax_resnet.progress import bar, warn
+
+_SHOWN = 3
+
+
+class Pictures(Protocol):
+    """A split whose examples are files: `Folder`, and TFDS's `Source`."""
+
+    class_names: tuple[str, ...]
+
+    @property
+    def name(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def files(self, index: np.ndarray) -> tuple[Sequence[str | io.BytesIO], np.ndarray]:
+        """The pictures, and their labels, int32 [n]."""
+        ...
+
+    def where(self, i: int) -> str:
+        """Example i, for people."""
+        ...
+
+
+class Photos:
+    """A split of pictures, read as images of one size.
+
+    It can be pickled, and every process reads by itself.
+
+    Attributes:
+      image_shape: (image_size, image_size, channels).
+      class_names: one name a class.
+      random_crops: whether training takes a random part of each picture, another every epoch.
+    """
+
+    can_be_streamed = True
+
+    def __init__(self, pictures: Pictures, sizing: Sizing, *, random_crops: bool = False):
+        self._pictures, self._sizing, self.random_crops = pictures, sizing, random_crops
+        self.class_names = pictures.class_names
+        self.image_shape = (sizing.image_size, sizing.image_size, sizing.channels)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images and labels."""
+        return len(self) * (int(np.prod(self.image_shape)) + 4)
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images as in evaluation, uint8 [n, *image_shape], and labels, int32 [n].
+
+        Raises:
+          InputError: if one cannot be read.
+        """
+        return self._read(index, [partial(read_for_evaluation, sizing=self._sizing)] * len(index))
+
+    def read_crops(
+        self, index: np.ndarray, randoms: Iterable[np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `read`, but of each picture a random part, by its own generator."""
+        return self._read(
+            index,
+            [partial(read_for_training, sizing=self._sizing, random=random) for random in randoms],
+        )
+
+    def _read(
+        self, index: np.ndarray, readers: Sequence[Callable[[Any], np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        files, labels = self._pictures.files(index)
+        images = np.empty((len(index), *self.image_shape), np.uint8)
+        for place, (i, file, read) in enumerate(zip(index, files, readers, strict=True)):
+            try:
+                images[place] = read(file)
+            except InputError as error:
+                raise InputError(f"{self._pictures.where(i)}: {error}") from error
+        return images, labels
+
+    def load(self) -> Dataset:
+        """All images, as in evaluation, in memory."""
+        chunks = np.array_split(np.arange(len(self)), max(1, len(self) // 16))
+        what = f"reading {len(self)} pictures of {self._pictures.name}"
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            parts = list(bar(threads.map(self.read, chunks), len(chunks), what, unit=" batches"))
+        images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Dataset(images, labels, self.class_names)
+
+
+def find_bad(pictures: Any) -> list[int]:
+    """The examples of a `Folder` that cannot be decoded; it is remembered for the next start.
+
+    Raises:
+      InputError: if a file cannot be looked at.
+    """
+    try:
+        stats = [os.stat(path) for path in pictures.paths]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    # Another version may read what this one cannot.
+    versions = [importlib.metadata.version(name) for name in ("flax_resnet", "pillow")]
+    digest = hashlib.sha256(" ".join(versions).encode())
+    for path, stat in zip(pictures.paths, stats, strict=True):
+        digest.update(os.fsencode(os.path.abspath(path)))
+        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+    folder = cache_folder("pictures")
+    remembered = folder / f"{digest.hexdigest()[:32]}.json" if folder else None
+    if remembered and (bad := _remembered(remembered, len(pictures))) is not None:
+        return bad
+
+    def is_bad(path: str) -> bool:
+        try:
+            with opened(path) as image:
+                upright(image)
+        except InputError:
+            return True
+        return False
+
+    what = f"looking at {len(pictures)} pictures of {pictures.name}"
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = bar(threads.map(is_bad, pictures.paths), len(pictures), what, unit=" pictures")
+        bad = [i for i, one in enumerate(found) if one]
+    if remembered:
+        try:
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            remembered.write_text(json.dumps(bad))
+        except OSError:
+            pass  # then they are looked at again
+    return bad
+
+
+def _remembered(path: Path, count: int) -> list[int] | None:
+    try:
+        bad = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_one = isinstance(bad, list) and all(type(i) is int and 0 <= i < count for i in bad)
+    return bad if is_one else None
+
+
+def without_bad(pictures: Any, *, skip: bool) -> tuple[Any, int]:
+    """A `Folder` of pictures that can all be read, and how many were left out.
+
+    Raises:
+      InputError: if some cannot be read and are not to be skipped, or none is left.
+    """
+    bad = find_bad(pictures)
+    if not bad:
+        return pictures, 0
+    named = ", ".join(map(pictures.where, bad[:_SHOWN]))
+    more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    if not skip or len(bad) == len(pictures):
+        raise InputError(
+            f"{len(bad)} pictures of {len(pictures)} cannot be read: {named}{more}; "
+            "--config.bad_images=skip leaves them out"
+        )
+    warn(f"left out as they cannot be read: {named}{more}")
+    return pictures.without(bad), len(bad)

@@ -1,0 +1,228 @@
+"""Pictures of any size, mode and format as pixels for a net: cropped and resized by Pillow."""
+
+import contextlib
+import functools
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from flax_resnet.errors import InputError, one_line
+
+# What Pillow decodes within the process; PostScript, say, it would hand to Ghostscript.
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
+    *("TGA", "ICO", "PCX", "QOI", "SGI", "DDS"),
+)
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_ATTEMPTS = 10
+
+Box = tuple[float, float, float, float]  # left, upper, right, lower
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How pictures come to the size of the net's images.
+
+    Attributes:
+      image_size: pixels a side of what the net sees.
+      eval_resize: pixels of the shorter side in evaluation, before the middle is cut out.
+      interpolation: of all resizing, antialiased.
+      channels: 1 (grey) or 3 (RGB).
+      crop_area, crop_ratio: range of a random crop's share of the picture, and of its width by
+        its height.
+    """
+
+    image_size: int
+    eval_resize: int
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    channels: int = 3
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @property
+    def mode(self) -> str:
+        """Of Pillow."""
+        return "L" if self.channels == 1 else "RGB"
+
+
+@contextlib.contextmanager
+def opened(source: str | Path | io.BytesIO) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet.
+
+    Raises:
+      InputError: here or within, if it is not a picture or is damaged, or if it has more than
+        twice as many pixels as `PIL.Image.MAX_IMAGE_PIXELS`, 179 million as Pillow comes.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow: large, or with odd metadata
+            with Image.open(source, formats=_decoders()) as image:
+                yield image
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what they like
+        raise InputError(_reason(error)) from error
+
+
+@functools.cache
+def _decoders() -> list[str]:
+    """Of `FORMATS`, as Pillow calls them; JPEG's reads MPO too, and some are not in every build."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decoded, turned as its EXIF data say, on white where it is transparent; "L" or "RGB"."""
+    image.load()
+    with contextlib.suppress(Exception):  # where its metadata alone is damaged
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+        values = np.asarray(image, np.float64)
+        white = 65535
+        if image.mode == "F":  # where two conventions live
+            white = 1 if values.max() <= 1 else 255
+        return Image.fromarray(np.uint8(np.clip(values / white, 0, 1) * 255 + 0.5))
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error)
+
+
+def find_pictures(folder: str | Path) -> list[Path]:
+    """The pictures in a folder and below, in order, by their names' endings.
+
+    Hidden files and folders are left out; links are followed, but into no folder twice.
+    """
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in FORMATS}
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+
+    def look(inside: str) -> None:
+        stat = os.stat(inside)
+        if (stat.st_dev, stat.st_ino) in seen:
+            return
+        seen.add((stat.st_dev, stat.st_ino))
+        with os.scandir(inside) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    look(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():
+                    found.append(Path(entry.path))
+
+    try:
+        look(os.fspath(folder))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}") from error
+    return sorted(found)
+
+
+def read_for_evaluation(source: str | Path | io.BytesIO, sizing: Sizing) -> np.ndarray:
+    """The middle of a picture, as torchvision's presets for evaluation take it.
+
+    The shorter side is resized to `eval_resize`, and `image_size` squared cut out of the middle.
+
+    Returns:
+      uint8 [image_size, image_size, channels].
+
+    Raises:
+      InputError: see `opened`.
+    """
+    with opened(source) as image:
+        image = upright(image).convert(sizing.mode)
+        short = min(image.size)
+        width, height = (int(sizing.eval_resize * side / short) for side in image.size)
+        size = sizing.image_size
+        resized = image.resize((width, height), INTERPOLATIONS[sizing.interpolation])
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return _pixels(resized.crop((left, top, left + size, top + size)))
+
+
+def read_for_training(
+    source: str | Path | io.BytesIO, sizing: Sizing, random: np.random.Generator
+) -> np.ndarray:
+    """A random part of a picture, resized: as torchvision's RandomResizedCrop.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part is still larger than what
+    is made of it (libjpeg's scaled decoding).
+
+    Returns:
+      uint8 [image_size, image_size, channels].
+
+    Raises:
+      InputError: see `opened`.
+    """
+    size = sizing.image_size
+    with opened(source) as image:
+        width, height = reversed(image.size) if _is_turned(image) else image.size
+        box = random_box(random, width, height, sizing.crop_area, sizing.crop_ratio)
+        shrink = min(box[2] - box[0], box[3] - box[1]) / size
+        if shrink >= 2 and image.format in ("JPEG", "MPO"):
+            factor = 2 ** min(3, int(math.log2(shrink)))
+            image.draft(None, (image.width // factor, image.height // factor))
+        image = upright(image).convert(sizing.mode)
+        by_width, by_height = image.width / width, image.height / height
+        box = (box[0] * by_width, box[1] * by_height, box[2] * by_width, box[3] * by_height)
+        return _pixels(image.resize((size, size), INTERPOLATIONS[sizing.interpolation], box))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether `upright` turns it by a quarter."""
+    with contextlib.suppress(Exception):  # where its metadata alone is damaged
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return False
+
+
+def random_box(
+    random: np.random.Generator,
+    width: int,
+    height: int,
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Box:
+    """A part of a picture of that size, of whole pixels.
+
+    As torchvision's RandomResizedCrop.get_params: its share of the picture is uniform between
+    the two of `area`, the logarithm of its width by its height between those of `ratio`, its
+    place among all that there are. After ten that do not fit it is the largest in the middle
+    whose ratio is allowed. (C. Szegedy et al., arXiv:1409.4842, section 6.)
+    """
+    shares = random.uniform(area[0], area[1], _ATTEMPTS)
+    log_ratios = random.uniform(math.log(ratio[0]), math.log(ratio[1]), _ATTEMPTS)
+    for share, log_ratio in zip(shares, log_ratios, strict=True):
+        pixels, by = share * width * height, math.exp(log_ratio)
+        w, h = round(math.sqrt(pixels * by)), round(math.sqrt(pixels / by))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(w / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(h * ratio[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).reshape(image.height, image.width, -1)
