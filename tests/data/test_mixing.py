@@ -73,7 +73,7 @@ def test_cutmix_covers_what_its_paper_says(batch):
         drawn.append(1 - rows * columns / (height * width))
     assert share.mean() == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(N))
     # Rounded, as there are few different areas.
-    same: Any = stats.ks_2samp(np.round(share, 4), np.round(drawn, 4))
+    same: Any = stats.ks_2samp(np.round(np.float64(share), 4), np.round(drawn, 4))
     assert same.pvalue > 0.001
 
 
