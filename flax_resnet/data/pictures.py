@@ -181,8 +181,11 @@ def read_for_training(
             factor = 2 ** min(3, int(math.log2(shrink)))
             image.draft(None, (image.width // factor, image.height // factor))
         image = upright(image).convert(sizing.mode)
-        by_width, by_height = image.width / width, image.height / height
-        box = (box[0] * by_width, box[1] * by_height, box[2] * by_width, box[3] * by_height)
+        if image.size == (width, height):
+            image, box = image.crop(box), None  # so that nothing beyond the part is in it
+        else:
+            across, down = image.width / width, image.height / height
+            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
         return _pixels(image.resize((size, size), INTERPOLATIONS[sizing.interpolation], box))
 
 

@@ -31,7 +31,7 @@ from flax_resnet.training.jsonfiles import read_json
 
 # The rest of the memory is for activations, gradients and the optimizer.
 _SHARE_OF_MEMORY = 0.25
-_FOLDER = "folder:"
+FOLDER = "folder:"
 # Of ImageNet's training images, as torchvision and timm have them.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -84,6 +84,8 @@ def open_data(
     facts: dict[str, Any] = {}
     if own is None:
         name = config.dataset
+        if name.startswith(FOLDER):
+            name = FOLDER + Path(name.removeprefix(FOLDER)).resolve().name
         train, facts["train"] = open_split(config, config.train_split, training=True)
         test, facts["test"] = open_split(config, config.eval_split)
     else:
@@ -127,8 +129,8 @@ def open_split(
       InputError: if it cannot be read.
     """
     facts: dict[str, Any] = {}
-    if config.dataset.startswith(_FOLDER):
-        pictures = Folder(data_dir or config.dataset.removeprefix(_FOLDER), split)
+    if config.dataset.startswith(FOLDER):
+        pictures = Folder(data_dir or config.dataset.removeprefix(FOLDER), split)
         pictures, left_out = without_bad(pictures, skip=config.bad_images == "skip")
         facts = {"files": pictures.fingerprint(), "bad_images": left_out}
         channels = config.channels or 3

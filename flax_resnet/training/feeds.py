@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order, stream
+from flax_resnet.errors import InputError
 from flax_resnet.training import programs
 from flax_resnet.training.data import Split
 from flax_resnet.training.mesh import (
@@ -55,6 +56,9 @@ class Feed(Protocol):
         Returns:
           State and metrics as those of `train_step`, with one more axis, the first, of that
           length, if count is above 1.
+
+        Raises:
+          InputError: if the data cannot be read; the state is then left as it is.
         """
         ...
 
@@ -177,15 +181,25 @@ class _Streamed:
         self._test_batches = self._stream(self._test)
         # The next batch is on its way to the device while a step runs. There is none for a run
         # that was stopped in its last evaluation.
-        self._ahead = put_share(next(self._batches), mesh) if len(train) else None
+        self._ahead = self._read_ahead()
 
     def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
         assert (step, count) == (self._next_step, 1)
+        if isinstance(self._ahead, InputError):
+            raise self._ahead
         state, metrics = self._step(state, self._ahead)
         self._next_step += 1
-        if self._next_step < self._plan.total_steps:
-            self._ahead = put_share(next(self._batches), self._plan.mesh)
+        self._ahead = self._read_ahead()
         return state, metrics
+
+    def _read_ahead(self) -> dict[str, jax.Array] | InputError | None:
+        """The next batch; or why there is none, to be raised when the step before is kept."""
+        if self._next_step == self._plan.total_steps:
+            return None
+        try:
+            return put_share(next(self._batches), self._plan.mesh)
+        except InputError as error:
+            return error
 
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         batches = itertools.islice(self._test_batches, self._test.batches_each_time)

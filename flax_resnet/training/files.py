@@ -13,7 +13,7 @@ import filelock
 from flax_resnet.errors import InputError
 from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
-from flax_resnet.training.data import Data
+from flax_resnet.training.data import FOLDER, Data
 from flax_resnet.training.jsonfiles import read_json, write_json
 from flax_resnet.training.own import without_replaced
 
@@ -67,6 +67,9 @@ def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> 
     ours = without_replaced(_as_json(dataclasses.asdict(config)), brought)
     keys = [key for key in sorted({*stored, *ours}) if key not in _FREE_KEYS]
     other = [f"{k} ({theirs.get(k)} there)" for k in keys if theirs.get(k) != ours.get(k)]
+    if all(str(one.get("dataset")).startswith(FOLDER) for one in (theirs, ours)):
+        # Pictures may move; dataset.json tells whether they are the same.
+        other = [key for key in other if not key.startswith("dataset (")]
     if other:
         raise InputError(
             f"workdir {workdir} holds a run of another config: {', '.join(other)}; "

@@ -8,6 +8,7 @@ from typing import NoReturn
 import jax
 import numpy as np
 
+from flax_resnet.errors import InputError
 from flax_resnet.models import unstack_blocks
 from flax_resnet.progress import warn
 from flax_resnet.training import programs
@@ -78,23 +79,31 @@ class Loop:
 
     def _stop(self) -> NoReturn:
         """Ends the run in order, after a signal."""
-        if self._running:  # else an evaluation would count as training
-            self._fetch_all()
-        if self.history.losses:  # else nothing is new since the last checkpoint
-            self._save()
-        self.checkpoints.finish()
+        self._keep()
         warn(
             f"{self.signals.name}: stopped after step {self._step}; "
             f"the same command with --workdir={self.plan.workdir} goes on from there"
         )
         self.signals.stop()
 
+    def _keep(self) -> None:
+        """Writes what is done, before the run ends."""
+        if self._running:  # else an evaluation would count as training
+            self._fetch_all()
+        if self.history.losses:  # else nothing is new since the last checkpoint
+            self._save()
+        self.checkpoints.finish()
+
     def _advance(self) -> None:
         """Takes the next step, or the next few in one call."""
         called, left = time.perf_counter(), self._end_of_epoch - self._step
         count = self.feed.steps_a_call if left >= self.feed.steps_a_call else 1
         self.profiler.before(self._step, count)
-        self.state, metrics = self.feed.advance(self.state, self._step, count)
+        try:
+            self.state, metrics = self.feed.advance(self.state, self._step, count)
+        except InputError:  # a file that is gone, say
+            self._keep()
+            raise
         self._step += count
         self.profiler.after(self._step, self.state)
         self._running.append(metrics)

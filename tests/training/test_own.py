@@ -136,7 +136,7 @@ def test_all_of_ones_own_is_the_same_training_by_hand(own_run):
             index = order[start : start + 16]
             of_each = jax.vmap(partial(jax.random.fold_in, epoch_key))(index)
             images = brighter(jnp.float32(train.images[index]), of_each)
-            images = jnp.float32((images / 255 - mean) / std)
+            images = jnp.float32((np.asarray(images) / 255 - mean) / std)
             params, opt_state, value = update(
                 params, opt_state, images, jnp.asarray(train.labels[index]), step
             )
@@ -454,7 +454,7 @@ def test_memory_is_kept_by_one_line_of_a_script(tmp_path):
         "if __name__ == '__main__':\n"
         "    keep_memory()\n"
         "    import jax\n"
-        "    print(os.environ['GLIBC_TUNABLES'], jax.config.jax_cpu_enable_async_dispatch)\n"
+        "    print(os.environ['GLIBC_TUNABLES'], jax.config.values['jax_cpu_enable_async_dispatch'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     run = partial(subprocess.run, capture_output=True, text=True, env=environment, check=True)

@@ -1,0 +1,196 @@
+"""Runs on folders of photographs."""
+
+import json
+import os
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flax_resnet as fr
+from flax_resnet import evaluate, predict
+from flax_resnet.data import channel_statistics
+from flax_resnet.training import check_config
+from flax_resnet.training.data import open_split
+from flax_resnet.training.loop import Loop
+from tests.training.test_train import read_metrics, steps_kept, train_until, without_timing
+
+IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder: red and blue pictures of many sizes."""
+    root = tmp_path_factory.mktemp("data") / "pictures"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 9)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                shape = (rng.integers(20, 70), rng.integers(20, 70), 3)
+                pixels = rng.integers(0, 160, shape, dtype=np.uint8)
+                pixels[..., channel] += 90
+                kind = "png" if i % 3 else "jpg"
+                Image.fromarray(pixels).save(root / split / name / f"{i}.{kind}")
+    return root
+
+
+def config_of(pictures, **changes):
+    return {
+        "dataset": f"folder:{pictures}",
+        "image_size": 16,
+        "crop": "resized",
+        "model": "cifar_resnet8",
+        "model_fields": {"widths": (4, 8, 8)},
+        "batch_size": 8,
+        "eval_batch_size": 8,
+        "num_epochs": 3,
+        "learning_rate": 0.05,
+        "stream_workers": 0,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def photos_run(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, fr.train(config_of(pictures), folder)
+
+
+def test_pictures_are_learnt(photos_run):
+    assert read_metrics(photos_run[0])[-1]["test_accuracy"] > 0.8
+
+
+def test_stopped_run_goes_on_to_the_same_bits(photos_run, pictures, tmp_path, monkeypatch):
+    folder, expected = photos_run
+    train_until(7, config_of(pictures), tmp_path, monkeypatch, kept={5, 7})
+    state = fr.train(config_of(pictures, stream_workers=1), tmp_path)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    assert without_timing(read_metrics(tmp_path)) == without_timing(read_metrics(folder))
+
+
+def test_run_describes_its_pictures(photos_run, pictures):
+    stored = json.loads((photos_run[0] / "dataset.json").read_text())
+    assert stored["class_names"] == ["blue", "red"]
+    assert (stored["train_examples"], stored["test_examples"]) == (40, 18)
+    assert stored["image_shape"] == [16, 16, 3]
+    assert stored["train"]["bad_images"] == 0
+    # Mean and deviation are of the training pictures as evaluation has them.
+    train, _ = open_split(check_config(config_of(pictures)), "train")
+    np.testing.assert_allclose(
+        [stored["mean"], stored["std"]], channel_statistics([train.load().images])
+    )
+
+
+def test_another_folder_is_refused(photos_run, pictures, tmp_path):
+    copy = shutil.copytree(photos_run[0], tmp_path / "run")
+    changed = shutil.copytree(pictures, tmp_path / "pictures")
+    config = config_of(changed)
+    fr.train(config, copy)  # it may move
+    os.unlink(changed / "train" / "red" / "1.png")
+    shutil.copy(changed / "train" / "red" / "2.png", changed / "train" / "red" / "99.png")
+    with pytest.raises(fr.InputError, match=r"the data is not what the run in .* began with"):
+        fr.train(config, copy)
+
+
+def test_a_picture_that_vanishes_loses_nothing(photos_run, pictures, tmp_path, monkeypatch):
+    _, expected = photos_run
+    copy = shutil.copytree(pictures, tmp_path / "pictures")
+    gone = copy / "train" / "red" / "1.png"
+    advance = Loop._advance
+
+    def take_away(self):
+        if self._step == 6:
+            gone.unlink(missing_ok=True)
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_advance", take_away)
+        with pytest.raises(fr.InputError, match=r"red/1\.png: No such file or directory"):
+            fr.train(config_of(copy), tmp_path / "run")
+    assert 6 <= steps_kept(tmp_path / "run")[-1] < 15
+    shutil.copy(pictures / "train" / "red" / "1.png", gone)
+    state = fr.train(config_of(copy), tmp_path / "run")
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+
+
+def test_prediction_prepares_a_picture_as_evaluation_did(photos_run, pictures, call):
+    folder, _ = photos_run
+    run = fr.load_run(folder)
+    test = evaluate.open_test_set(run)
+    probabilities = evaluate.evaluate(run, test).probabilities
+    split, _ = open_split(run.config, "test")
+    paths = split._pictures.paths  # pyright: ignore[reportAttributeAccessIssue]
+    code, out, _ = call(predict, "--workdir", folder, "--json", *paths[:5])
+    assert code == 0
+    for i, line in enumerate(out.splitlines()):
+        shown = {p["class"]: p["probability"] for p in json.loads(line)["predictions"]}
+        assert shown["blue"] == pytest.approx(probabilities[i, 0], abs=1e-5)
+
+
+def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
+    """Without random crops they are images of one size like any other."""
+    config = config_of(pictures, crop="padded", crop_padding=2, num_epochs=1)
+    resident, streamed = (
+        fr.train(config | {"data_feed": feed}, tmp_path / feed) for feed in ("auto", "stream")
+    )
+    chex.assert_trees_all_equal(jax.device_get(resident), jax.device_get(streamed))
+
+
+# Normalisation.
+
+
+@pytest.mark.parametrize(
+    ("normalize", "expected"),
+    [
+        ("imagenet", IMAGENET),
+        ("0.5,0.4,0.3/0.2,0.2,0.1", [[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]]),
+    ],
+)
+def test_normalisation_by_choice(pictures, tmp_path, normalize, expected):
+    fr.train(config_of(pictures, normalize=normalize, num_steps=1), tmp_path)
+    run = fr.load_run(tmp_path)
+    assert [list(run.mean), list(run.std)] == expected
+
+
+def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path, capsys):
+    source, _ = photos_run
+    begun = json.loads((source / "dataset.json").read_text())
+    config = config_of(pictures, init_from=str(source), num_steps=2, eval_resize=24)
+    fr.train(config, tmp_path / "tuned")
+    assert f"mean and deviation of the run in {source}" in capsys.readouterr().err
+    tuned = json.loads((tmp_path / "tuned" / "dataset.json").read_text())
+    assert (tuned["mean"], tuned["std"]) == (begun["mean"], begun["std"])
+
+    fr.save_weights(
+        fr.load_run(source).model, fr.load_run(source).variables, tmp_path / "w.safetensors"
+    )
+    config |= {"init_from": str(tmp_path / "w.safetensors")}
+    fr.train(config, tmp_path / "published")
+    assert "mean and deviation of ImageNet's" in capsys.readouterr().err
+    published = json.loads((tmp_path / "published" / "dataset.json").read_text())
+    assert [published["mean"], published["std"]] == IMAGENET
+    os.unlink(tmp_path / "w.safetensors")  # it is not read again
+    fr.train(config, tmp_path / "published")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": None, "crop": "padded"}, "a folder of pictures needs image_size"),
+        ({"dataset": "digits", "image_size": None}, "crop 'resized' needs image_size, such as 224"),
+        ({"eval_resize": 15}, "eval_resize must be at least image_size, 16"),
+        ({"normalize": "0.5/0.5"}, "is of 1 channels, and the images have 3"),
+        ({"normalize": "0.5,0.5,0.5/0.5,0.5,0"}, "normalize must be auto, data, imagenet, or"),
+        ({"normalize": "imagnet"}, "normalize must be auto, data, imagenet, or a mean and a devi"),
+        ({"crop_area": (0.5, 0.1)}, "crop_area must be two shares of the picture"),
+        ({"crop_ratio": (0.5,)}, "crop_ratio must be two numbers from 0.01 to 100"),
+        ({"bad_images": "ignore"}, "bad_images must be one of stop, skip"),
+    ],
+)
+def test_what_cannot_be_is_refused(pictures, changes, message, tmp_path):
+    with pytest.raises(fr.InputError, match=message):
+        fr.train(config_of(pictures, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
