@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int, Key, Shaped
 
@@ -110,11 +111,35 @@ def _hide_square(
 def normalize(
     images: Shaped[ArrayLike, "n h w c"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Array, "n h w c"]:
-    """float32 (images / 255 - mean) / std.
+    """float32 (images / 255 - mean) / std, and 0 in a channel whose std is 0.
 
     Args:
       images: uint8 [N, H, W, C].
-      mean, std: of each channel, in units of full white; see `channel_statistics`.
+      mean, std: of each of the C channels, in units of full white; see `channel_statistics`.
+
+    Raises:
+      ValueError: for another dtype, whose white would be a guess, or number of channels.
     """
-    centre, scale = (255 * jnp.float32(x).reshape(1, 1, 1, -1) for x in (mean, std))
-    return (jnp.asarray(images, jnp.float32) - centre) / scale
+    images = jnp.asarray(images)
+    if images.dtype != jnp.uint8:
+        raise ValueError(
+            f"normalize takes uint8 images, from 0 to 255, not {images.dtype}: write "
+            "jnp.uint8(jnp.round(255 * images)) for values from 0 to 1, and "
+            "jnp.uint8(images // 257) for 16 bits"
+        )
+    if not images.shape[-1] == len(mean) == len(std):
+        raise ValueError(
+            f"normalize has {len(mean)} means and {len(std)} deviations for images of "
+            f"{images.shape[-1]} channels"
+        )
+    return normalize_values(images, mean, std)
+
+
+def normalize_values(
+    images: Shaped[ArrayLike, "n h w c"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Array, "n h w c"]:
+    """As `normalize`, of values from 0 to 255 in any dtype: what an augmentation may give."""
+    centre, scale = (255 * np.asarray(x, np.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+    if scale.all():
+        return (jnp.float32(images) - centre) / scale
+    return jnp.where(scale > 0, (jnp.float32(images) - centre) / np.where(scale > 0, scale, 1), 0)

@@ -191,8 +191,8 @@ def _check_sizes(config: Config, data: Data, own: Own) -> None:
             raise InputError(
                 f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"
             )
-    if not all(data.std):
-        raise InputError(f"a channel of {data.name} is the same in all training images")
+    if not any(data.std):
+        raise InputError(f"all training images of {data.name} are of one colour")
 
 
 def _check_shapes(plan: Plan) -> None:

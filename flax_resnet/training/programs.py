@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, mix, normalize
+from flax_resnet.data.augment import normalize_values
 from flax_resnet.training.mesh import by_example
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
@@ -99,7 +100,8 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
     def step(state, batch):
         epoch, index = state.step // plan.steps_per_epoch, batch["index"]
         images = augment_in_epoch(batch["image"], index, epoch)
-        batch = {"image": normalize(images, plan.data.mean, plan.data.std), "label": batch["label"]}
+        images = normalize_values(images, plan.data.mean, plan.data.std)
+        batch = {"image": images, "label": batch["label"]}
         if config.mixup or config.cutmix:
             image, other_label, share = mix(
                 batch["image"],

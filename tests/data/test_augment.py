@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flax_resnet.data import augment, normalize
+from flax_resnet.data import augment, channel_statistics, normalize
 from flax_resnet.data.augment import _crop_by_choice, _crop_by_slices
 
 KEY = jax.random.key(3)
@@ -133,3 +133,42 @@ def test_normalize_is_that_of_numpy(rng):
     out = normalize(images, mean.tolist(), std.tolist())
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, (images / 255 - mean) / std, rtol=2e-5, atol=2e-6)
+
+
+def test_a_constant_channel_is_left_at_zero(rng):
+    images = random_images(rng, 4)
+    images[..., 1] = 255
+    mean, std = channel_statistics([images])
+    out = jax.jit(lambda images: normalize(images, mean, std))(images)
+    np.testing.assert_array_equal(out[..., 1], 0)
+    others = [0, 2]
+    expected = (images / 255 - mean)[..., others] / np.array(std)[others]
+    np.testing.assert_allclose(out[..., others], expected, rtol=2e-5, atol=2e-6)
+    # Also where another split has it otherwise.
+    assert not np.asarray(normalize(random_images(rng, 4), mean, std))[..., 1].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16, np.int32, np.bool_])
+def test_white_is_never_guessed(rng, dtype):
+    images = random_images(rng, 4).astype(dtype)
+    with pytest.raises(ValueError, match=f"uint8 images, from 0 to 255, not {images.dtype}: write"):
+        normalize(images, (0.5,) * 3, (0.2,) * 3)
+
+
+def test_the_lines_that_normalize_tells_are_right(rng):
+    images = random_images(rng, 4)
+    for same in (
+        jnp.uint8(jnp.round(255 * (images / 255).astype(np.float32))),
+        jnp.uint8((images * np.uint16(257)) // 257),
+    ):
+        np.testing.assert_array_equal(same, images)
+
+
+@pytest.mark.parametrize(
+    ("channels", "means", "stds"), [(1, 3, 3), (3, 1, 1), (3, 3, 1), (4, 3, 3)]
+)
+def test_a_mean_and_a_deviation_for_each_channel(channels, means, stds):
+    images = np.zeros((2, 5, 5, channels), np.uint8)
+    message = f"{means} means and {stds} deviations for images of {channels} channels"
+    with pytest.raises(ValueError, match=message):
+        normalize(images, (0.5,) * means, (0.2,) * stds)

@@ -58,6 +58,8 @@ FACTS = {
                        "num_epochs": 20, "learning_rate": 0.1, "momentum": 0.9,
                        "weight_decay": 5e-4, "schedule": "step"},
     "digits_resnet8": {"model": "cifar_resnet8", "dataset": "digits", "horizontal_flip": False},
+    "fashion_mnist": {"model": "cifar_resnet20", "dataset": "fashion_mnist",
+                      "horizontal_flip": True, "schedule": "onecycle"},
     "finetune": {"init_from": "", "freeze": ("conv1", "bn1", "layer1"), "learning_rate": 0.01},
 }  # fmt: skip
 
