@@ -10,11 +10,16 @@ import gc
 import itertools
 import multiprocessing
 import os
+import re
+import secrets
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from functools import partial
+from multiprocessing import resource_tracker, shared_memory, synchronize
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +31,10 @@ from flax_resnet.progress import hush_libraries
 Arrays = dict[str, np.ndarray]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# Where Linux has the memory that processes share, and how ours is named there.
+_SHARED_MEMORY = "/dev/shm"
+_NAME = "flax_resnet"
 
 
 @functools.lru_cache(maxsize=1)  # one epoch is asked for at every of its steps
@@ -148,13 +157,21 @@ def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Array
     Close it, or read it to its end, for the processes to end. They import the script that calls
     it, which therefore does so under `if __name__ == "__main__":`.
     """
+    if workers:
+        _remove_memory_of_the_dead()
+    prefix = f"{_NAME}-{_namespace()}-{os.getpid()}-{secrets.token_hex(4)}-"
     try:
-        yield from _read(batches, workers)
+        yield from _read(batches, workers, prefix)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # which hold batches too
+        gc.collect()
+        _remove_memory_of(prefix)
+        raise
     finally:
         gc.collect()  # Grain leaves the last batch in a cycle, and the memory that it shares
 
 
-def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays]:
+def _read(batches: TrainBatches | EvalBatches, workers: int, prefix: str) -> Generator[Arrays]:
     import grain  # half a second, for streaming alone
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also outside of programs
@@ -165,10 +182,13 @@ def _read(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays
     )
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_begin)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=partial(_begin, prefix=prefix))
     with contextlib.closing(iter(dataset)) as read:
         # The processes begin in here, and inherit it.
-        with _signals_blocked() if workers else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if workers:
+                stack.enter_context(_signals_blocked())
+                stack.enter_context(_semaphores_named(prefix))
             first = list(itertools.islice(read, 1))
         for batch in itertools.chain(first, read):
             # Out of the memory that the processes share: JAX lets go of arrays late.
@@ -186,10 +206,71 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin(worker: int, workers: int) -> None:
+# Memory that processes share, and their semaphores, are files with names, which nobody removes
+# when SIGKILL takes the program and its processes at once. Ours say whose they are.
+
+
+def _remove_memory_of_the_dead() -> None:
+    """Removes what programs of this user, killed earlier, have left in /dev/shm."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(_SHARED_MEMORY):
+            match = re.match(rf"(?:sem\.)?{_NAME}-(\d+)-(\d+)-", entry.name)
+            if match is None or int(match[1]) != _namespace():
+                continue
+            with contextlib.suppress(OSError):
+                if entry.stat().st_uid == os.getuid() and not _is_alive(int(match[2])):
+                    os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def _semaphores_named(prefix: str) -> Iterator[None]:
+    locks: Any = synchronize.SemLock  # whose names are otherwise random
+    before = vars(locks)["_make_name"]
+    if sys.platform == "linux":  # elsewhere names are to be short
+        locks._make_name = staticmethod(lambda: f"/{prefix}{secrets.token_hex(8)}")
+    try:
+        yield
+    finally:
+        locks._make_name = before
+
+
+def _remove_memory_of(prefix: str) -> None:
+    """Removes what Grain loses when a process fails: the tracker of resources would tell of it."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(_SHARED_MEMORY):
+            if name.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    memory = shared_memory.SharedMemory(name)
+                    memory.close()
+                    memory.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _namespace() -> int:
+    """In which process numbers count: containers may share their memory, and not these."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _begin(worker: int, workers: int, prefix: str) -> None:
     hush_libraries(logging.FATAL)  # as train.py does
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        module: Any = shared_memory
+        module._SHM_NAME_PREFIX = f"/{prefix}"
+        module._SHM_SAFE_NAME_LENGTH = len(module._SHM_NAME_PREFIX) + 16
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

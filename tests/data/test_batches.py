@@ -2,13 +2,20 @@
 
 import contextlib
 import json
+import os
 import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import flax_resnet as fr
 from flax_resnet.data import EvalBatches, Source, TrainBatches, epoch_order, load_dataset, stream
+from flax_resnet.data import batches as module
 from tests.data.test_datasets import as_tfrecord
 
 ALL = slice(None)
@@ -74,6 +81,73 @@ def test_evaluation_reads_every_example_once(digits_dir):
     images = np.concatenate([batch["image"] for batch in batches])
     assert mask.tolist() == [True] * 41 + [False] * 7
     np.testing.assert_array_equal(images[mask], dataset.images)
+
+
+SCRIPT = """
+import contextlib, os, signal, sys
+
+from flax_resnet.data import Source, TrainBatches, stream
+
+if __name__ == "__main__":
+    batches = TrainBatches(Source("digits", "train", sys.argv[1]), 0, 32, slice(None), 0, 1000)
+    with contextlib.closing(stream(batches, 2)) as read:
+        for i, _ in enumerate(read):
+            if i == 10 and sys.argv[2] == "kill":
+                os.killpg(0, signal.SIGKILL)
+            if i == 60:
+                break
+"""
+
+
+def run_script(tmp_path, *arguments):
+    """(exit code, standard error, what it leaves in /dev/shm) of SCRIPT, in its own group."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, tmp_path / "script.py", *arguments]
+    root = str(Path(fr.__file__).parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as process:
+        _, said = process.communicate(timeout=120)
+    left = {name for name in os.listdir("/dev/shm") if f"-{process.pid}-" in name}
+    return process.returncode, said, left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory has no files")
+def test_memory_that_a_killed_program_leaves_is_removed_by_the_next(
+    digits_dir, tmp_path, monkeypatch
+):
+    code, _, left = run_script(tmp_path, digits_dir, "kill")
+    assert code == -signal.SIGKILL
+    assert {name.startswith("sem.") for name in left} == {True, False}
+    namespace = re.findall(r"flax_resnet-(\d+)-", min(left))[0]
+    # Of a program that is alive, and of one in another container.
+    others = [f"flax_resnet-{namespace}-{os.getpid()}-test", "flax_resnet-1-999999999-test"]
+    for name in others:
+        Path("/dev/shm", name).touch()
+    monkeypatch.setattr(module, "_read", lambda *arguments: iter(()))
+    assert not list(stream(EvalBatches(Source("digits", "test", str(digits_dir)), 8, ALL), 1))
+    there = set(os.listdir("/dev/shm"))
+    for name in others:
+        Path("/dev/shm", name).unlink()
+    assert not left & there
+    assert set(others) <= there
+
+
+def test_damaged_data_leaves_no_memory_behind(own_digits, tmp_path):
+    (path,) = (own_digits / "digits" / "1.0.0").glob("digits-train*")
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[:half] + bytes(3000) + content[half + 3000 :])
+    code, said, left = run_script(tmp_path, own_digits, "go on")
+    assert code == 1
+    assert "of digits is damaged" in said
+    assert "leaked" not in said
+    assert not left
 
 
 def test_tfrecord_cannot_be_streamed(own_digits):
