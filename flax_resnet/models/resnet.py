@@ -323,6 +323,8 @@ class ResNet(nn.Module):
       norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay. Or
         what makes a module in their place, from (train, *, dtype, name, zero_init=False), such as
         a `functools.partial` of one of them.
+      final_norm: whether pre-activation nets have BatchNorm and ReLU before the pooling, as
+        their paper says; kuangliu/pytorch-cifar has none.
       dropout: see `PreActBasicBlock`; no other block has it.
       stochastic_depth: that of the last block; the l-th of L blocks has l / L of it
         (Huang et al., arXiv:1603.09382, equation 4).
@@ -356,6 +358,7 @@ class ResNet(nn.Module):
     width_per_group: int = 64
     squeeze_excite: bool = False
     norm: str | Norm = "batch"
+    final_norm: bool = True
     dropout: float = 0.0
     stochastic_depth: float = 0.0
     scan_blocks: bool = False
@@ -422,7 +425,7 @@ class ResNet(nn.Module):
                 for name, rate in zip(names[1:], rates[1:], strict=True):
                     x = block(planes, stochastic_depth=rate, name=name)(x, train)
             outputs[f"layer{stage}"] = x
-        if self.block.preactivation:
+        if self.block.preactivation and self.final_norm:
             x = relu(bn(name="bn")(x))
 
         # Pooling and the classifier cost next to nothing: never in half precision.

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.models.weight_files import read_state_dict, without_prefixes
+from flax_resnet.models.weight_files import read_state_dict
 
 _LEAVES = {
     "kernel": "weight",
@@ -35,6 +36,7 @@ _LEAVES = {
     "var": "running_var",
 }
 _FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
+_SHOWN = 5  # entries of one kind in an error
 
 
 def from_torch(
@@ -45,47 +47,90 @@ def from_torch(
     Args:
       model: a `ResNet`, `ResNet9`, `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
-        channels; values are tensors or arrays. num_batches_tracked is left out, and so is
-        "module." or "_orig_mod." before a name. Or the path or Hub id of one, see
-        `read_state_dict`.
+        channels; values are tensors or arrays. num_batches_tracked is left out, and names
+        are brought to ours, as far as they are known: see `dialects.py`. Or the path or
+        Hub id of one, see `read_state_dict`.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
 
     Raises:
-      ValueError: lists every entry that is missing, left over or of another shape, or
+      TypeError: for anything else, such as a torch.nn.Module.
+      ValueError: names five entries each that are missing, left over or of another shape, and
+        counts the rest; names one whose values are not there or not real numbers; or
         says why the file cannot be read.
       ImportError: see `read_state_dict`.
     """
     what = "the state_dict"
     if isinstance(state_dict, str | os.PathLike):
         what, state_dict = os.fspath(state_dict), read_state_dict(state_dict)
-    arrays = {
-        name: _to_numpy(value)
-        for name, value in without_prefixes(state_dict).items()
-        if not name.endswith("num_batches_tracked")
-    }
-    firsts = [arrays[name] for name in _FIRST_CONVOLUTIONS if name in arrays]
-    channels = firsts[0].shape[1] if firsts and firsts[0].ndim == 4 else 3
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict)
+        hint = ": write model.state_dict()" if hasattr(state_dict, "state_dict") else ""
+        raise TypeError(
+            "from_torch takes a state_dict, which is a dict of tensors, or the path of one, "
+            f"not a {kind.__module__}.{kind.__qualname__}{hint}"
+        )
+    named = in_our_names(state_dict)
+    try:
+        arrays = {name: _to_numpy(name, value) for name, value in named.items()}
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    channels = input_channels(arrays) or 3
     shapes: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, (64, 64, channels)))
-    expected = {torch_name(path): path for path in shapes}
-
-    problems = [f"left over {name}" for name in arrays if name not in expected]
+    paths = sorted(shapes, key=lambda path: path[0], reverse=True)  # the parameters first
+    expected = {torch_name(path): path for path in paths}
+    missing = [name for name in expected if name not in arrays]
+    left_over = [name for name in arrays if name not in expected]
+    if 2 * len(missing) > len(expected) and 2 * len(left_over) > len(arrays):
+        raise ValueError(
+            f"{what} has other names than the model: {_some(left_over)}, where the model "
+            f"has {_some(missing)}"
+        )
+    flat, misshapen = {}, []
     for name, path in expected.items():
-        shape = _to_layout(np.empty(shapes[path].shape)).shape
         if name not in arrays:
-            problems.append(f"missing {name}")
-        elif arrays[name].shape != shape:
-            problems.append(f"{name} has shape {arrays[name].shape}, expected {shape}")
-    if problems:
-        raise ValueError(f"{what} does not fit the model: {'; '.join(problems)}")
-    # Copies: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
-    return unflatten_dict(
-        {
-            path: jnp.array(_from_layout(arrays[name]), jnp.float32)
-            for name, path in expected.items()
-        }
-    )
+            continue
+        array, shape = arrays[name], _to_layout(np.empty(shapes[path].shape)).shape
+        if array.shape == (*shape, 1, 1):  # a classifier that is a 1x1 convolution
+            array = array.reshape(shape)
+        if array.shape != shape:
+            misshapen.append(f"{name} has shape {array.shape}, expected {shape}")
+        else:
+            # Copies: on CPU JAX may otherwise share memory that PyTorch goes on writing to.
+            flat[path] = jnp.array(_from_layout(array), jnp.float32)
+    problems = {"missing ": missing, "left over ": left_over, "": misshapen}
+    if any(problems.values()):
+        listed = "; ".join(kind + _some(entries) for kind, entries in problems.items() if entries)
+        raise ValueError(f"{what} does not fit the model: {listed}")
+    return unflatten_dict(flat)
+
+
+def input_channels(state_dict: Mapping[str, Any]) -> int | None:
+    """Channels of the images that a state_dict is for; None if no name tells."""
+    firsts = [state_dict[name] for name in _FIRST_CONVOLUTIONS if name in state_dict]
+    return firsts[0].shape[1] if firsts and len(firsts[0].shape) == 4 else None
+
+
+def with_channels(state_dict: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """The same for images of another number of channels, as timm's adapt_input_conv.
+
+    For one channel the first convolution's kernels are summed over the channels, so that
+    gray pictures give what they gave when repeated; for any other number they are
+    repeated and scaled, so that equal channels do.
+    """
+    adapted = dict(state_dict)
+    for name in _FIRST_CONVOLUTIONS:
+        if name in adapted:
+            kernel = _to_numpy(name, adapted[name]).astype(np.float32)
+            had = kernel.shape[1]
+            if channels == 1:
+                kernel = kernel.sum(1, keepdims=True)
+            else:
+                repeated = np.tile(kernel, (1, -(-channels // had), 1, 1))
+                kernel = repeated[:, :channels] * np.float32(had / channels)
+            adapted[name] = kernel
+    return adapted
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,16 +144,33 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
 
     Raises:
-      ValueError: if they are stacked: see `unstack_blocks`.
+      ValueError: if they are not that, or stacked: see `unstack_blocks`.
     """
     import torch
 
-    del model  # the names tell all; the argument mirrors `from_torch`
-    return {name: torch.from_numpy(array) for name, array in to_arrays(variables).items()}
+    arrays = to_checked_arrays(model, variables)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same in NumPy arrays and without PyTorch."""
+    form = 'variables are {"params": ..., "batch_stats": ...}, as model.init gives them'
+    if "params" not in variables:
+        names = _some([str(name) for name in variables])
+        raise ValueError(f"{form}, not a dict of {names or 'nothing'}: give it all of them")
+    arrays = to_arrays(variables)
+    if "batch_stats" not in variables:
+        shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
+        if "batch_stats" in shapes:
+            raise ValueError(
+                f'{form}, and without "batch_stats" the statistics of BatchNorm are lost: write '
+                '{"params": params, "batch_stats": batch_stats}'
+            )
+    return arrays
 
 
 def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same as `to_torch`, in NumPy arrays and without PyTorch."""
+    """The same without a look at the model: the names tell all."""
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
     if any(module.endswith("_rest") for path in flat for module in path):
         raise ValueError("the blocks are stacked, as PyTorch has none: unstack_blocks(variables)")
@@ -130,6 +192,11 @@ def torch_name(path: tuple[str, ...]) -> str:
     return re.sub(r"_(\d+)\.", r".\1.", name)
 
 
+def _some(entries: list[str]) -> str:
+    more = len(entries) - _SHOWN
+    return ", ".join(entries[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
 def _to_layout(array: np.ndarray) -> np.ndarray:
     """[H, W, I, O] to [O, I, H, W], and [I, O] to [O, I]."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
@@ -139,6 +206,22 @@ def _from_layout(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
-def _to_numpy(value: Any) -> np.ndarray:
-    # .float(): NumPy has no bfloat16.
-    return value.detach().cpu().float().numpy() if hasattr(value, "detach") else np.asarray(value)
+def _to_numpy(name: str, value: Any) -> np.ndarray:
+    if hasattr(value, "detach"):
+        kinds = {
+            "is a sparse tensor: give its to_dense()": str(value.layout) != "torch.strided",
+            "is a quantized tensor: give its dequantize()": value.is_quantized,
+            "is on the meta device, where it has no values": value.is_meta,
+        }
+        for kind, is_so in kinds.items():
+            if is_so:
+                raise ValueError(f"{name} {kind}")
+        if not value.is_complex():
+            # .float(): NumPy has no bfloat16.
+            return value.detach().cpu().float().numpy()
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind in "cOUSmM":
+        kind = type(value).__name__ if array.dtype.kind == "O" else array.dtype
+        raise ValueError(f"{name} is of real numbers, not {kind}")
+    return array

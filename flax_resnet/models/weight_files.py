@@ -1,6 +1,7 @@
 """state_dicts in files and on the Hugging Face Hub; nothing that is in them is run."""
 
 import argparse
+import logging
 import os
 import re
 import warnings
@@ -11,24 +12,33 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-# What training scripts wrap a state_dict in: timm's, torchvision's, PyTorch's tutorials.
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+from flax_resnet.models.dialects import in_our_names
+from flax_resnet.models.hub import download, shards
+
+# What training scripts call a state_dict in a larger dict: timm's, torchvision's, PyTorch's
+# tutorials, kuangliu's. The averaged weights first, which are those that scripts evaluate.
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+# Without one of these a source may be the id of a Hub repository.
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".th", ".tar", ".bin", ".ckpt", ".json")
 
 
 def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     """The state_dict in a file or on the Hugging Face Hub.
 
-    A `.pth` or `.pt` file may hold it as "state_dict", "model" or "model_state_dict" in
-    another dict; "module." and "_orig_mod." before a name are taken off.
+    What a file is its content tells, not its name: safetensors, what `torch.save` writes, or
+    the `.index.json` of several such files beside it. It may hold the state_dict in another
+    dict, as "state_dict", "model", "model_state_dict" or "net"; averaged weights beside them
+    ("state_dict_ema", "model_ema") come first, and a warning in the log says so.
 
     Args:
-      source: path of a `.safetensors`, `.pth` or `.pt` file, or id of a Hub repository with
-        a `model.safetensors`, as in "timm/resnet18.a1_in1k". The latter needs
-        `huggingface_hub`, and a network only for as long as it is not in its cache.
+      source: path of a file (`.safetensors`, `.pth`, `.pt`, `.th`, `.tar`, `.bin`, `.ckpt`), or
+        id of a Hub repository with a `model.safetensors` or a `pytorch_model.bin`, as in
+        "timm/resnet18.a1_in1k" or, at some revision, "timm/resnet18.a1_in1k@main". The
+        latter needs `huggingface_hub`, and a network only for as long as it is not in its cache.
 
     Returns:
-      Arrays or, from `.pth` and `.pt`, tensors by name.
+      Arrays or, from PyTorch's files, tensors by name; names are ours, as far as those in the
+      file are known: see `dialects.py`.
 
     Raises:
       ValueError: if there is no such file or repository, or no state_dict can be read
@@ -36,29 +46,33 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
       ImportError: if torch or huggingface_hub would be needed and is not installed.
     """
     path = Path(source)
-    suffix = path.suffix.lower()
     # os.path says no where Path raises: a name too long, a folder not to be looked into.
-    if not os.path.exists(path) and suffix not in (".safetensors", ".pth", ".pt"):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(source)):
+    if not os.path.exists(path) and path.suffix.lower() not in _SUFFIXES:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(source)):
             raise ValueError(f"{source} is neither a file nor the id of a Hub repository")
-        path = Path(_download(os.fspath(source)))
-        suffix = path.suffix
+        path = download(os.fspath(source))
+    return in_our_names(_read(path))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     if not os.path.exists(path):
         raise ValueError(f"there is no file {path}")
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file")
-    if suffix == ".safetensors":
-        state_dict = _read_safetensors(path)
-    elif suffix in (".pth", ".pt"):
-        state_dict = _read_pickle(path)
-    else:
-        raise ValueError(f"weights are read from .safetensors, .pth and .pt, not {path}")
-    return without_prefixes(state_dict)
-
-
-def without_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries without what DataParallel and torch.compile put before their names."""
-    return {_PREFIXES.sub("", name): value for name, value in state_dict.items()}
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    if head.startswith(b"{"):
+        return {name: value for shard in shards(path) for name, value in _read(shard).items()}
+    # The length of a header of at most 100 MB, and the header, which is JSON.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
+        return _read_safetensors(path)
+    if head.startswith((b"PK", b"\x80")):  # a zip archive, as torch.save writes it, or a pickle
+        return _read_pickle(path)
+    reason = _guess(head) or "it is neither of safetensors nor of torch.save"
+    raise ValueError(f"cannot read {path}: {reason}")
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -66,7 +80,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         # bfloat16 too: NumPy knows it as soon as JAX is imported.
         return safetensors.numpy.load_file(path)
     except Exception as error:  # its own, the system's and, for float8, NumPy's
-        raise ValueError(f"cannot read {path}: {_guess(path) or _one_line(error)}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -75,36 +90,59 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         from torch.serialization import safe_globals
     except ImportError as error:
         raise ImportError(
-            f"reading {path} needs PyTorch 2.5 or newer; .safetensors does not"
+            f"reading {path} needs PyTorch 2.6 or newer; .safetensors does not"
         ) from error
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of pickles that are not PyTorch's
-            # The script's arguments, as timm and torchvision keep them: attributes, no code.
-            safe_globals([argparse.Namespace]),
+            safe_globals(_harmless()),
+            path.open("rb") as file,  # of a path torch.load takes the suffix for the content
         ):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         # PyTorch's own message says how to run what is in the file.
-        reason = _guess(path) or "it is damaged, or holds more than tensors; nothing in it was run"
+        unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = "it is damaged, or holds more than tensors; nothing in it was run"
+        if unknown:
+            reason = (
+                f"it holds more than tensors, {unknown[1]}; nothing in it was run. In PyTorch "
+                "write torch.save(model.state_dict(), path)"
+            )
         raise ValueError(f"cannot read {path}: {reason}") from error
-    if isinstance(content, Mapping):
-        wrapped = (content.get(name) for name in _WRAPPERS)
-        content = next((w for w in wrapped if isinstance(w, Mapping)), content)
+    return _unwrap(path, content)
+
+
+def _harmless() -> list[Any]:
+    """What scripts keep beside tensors: their arguments, and a number of NumPy's, the accuracy."""
+    scalar = np.float64(0).__reduce__()[0]
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    numbers = [np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
+    return [argparse.Namespace, np.dtype, *numbers, *((scalar, name) for name in names)]
+
+
+def _unwrap(path: Path, content: Any) -> dict[str, Any]:
+    """The state_dict in what a training script has saved."""
+    wrapped = content if isinstance(content, Mapping) else {}
+    found = [name for name in _WRAPPERS if isinstance(wrapped.get(name), Mapping)]
+    if found:
+        if len(found) > 1:
+            logging.getLogger(__name__).warning(
+                "%s holds %s: %s is taken", path, " and ".join(found), found[0]
+            )
+        content = wrapped[found[0]]
     if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
+        isinstance(name, str) and hasattr(value, "detach") for name, value in content.items()
     ):
-        raise ValueError(f"{path} holds no state_dict, which is a dict of tensors")
+        held = type(content).__name__
+        if isinstance(content, Mapping):
+            held = "a dict of " + ", ".join(map(str, list(content)[:5]))
+        raise ValueError(f"{path} holds no state_dict, which is a dict of tensors, but {held}")
     return dict(content)
 
 
-def _guess(path: Path) -> str | None:
+def _guess(head: bytes) -> str | None:
     """Why a file cannot be read, where that is easily told."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(64).lstrip()
-    except OSError as error:
-        return error.strerror
+    head = head.lstrip()
     if not head:
         return "it is empty"
     if head.startswith(b"<"):
@@ -112,35 +150,3 @@ def _guess(path: Path) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer; `git lfs pull` fetches the file"
     return None
-
-
-def _download(repository: str) -> str:
-    """Path of a Hub repository's model.safetensors, in the Hub's own cache."""
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise ImportError(
-            f"there is no file {repository}, and to fetch it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install huggingface_hub"
-        ) from error
-    try:
-        try:
-            return huggingface_hub.hf_hub_download(
-                repository, "model.safetensors", local_files_only=True
-            )
-        except LocalEntryNotFoundError:
-            # Without a network this fails at once, where hf_hub_download tries for 23 seconds.
-            huggingface_hub.get_hf_file_metadata(
-                huggingface_hub.hf_hub_url(repository, "model.safetensors")
-            )
-            return huggingface_hub.hf_hub_download(repository, "model.safetensors")
-    except Exception as error:  # its own, and those of its HTTP library, which it has changed
-        raise ValueError(
-            f"there is no file {repository}, and it cannot be fetched from the Hugging Face Hub: "
-            f"{_one_line(error)}"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -14,8 +14,16 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.models.torch_weights import from_torch, to_arrays, torch_name
+from flax_resnet.models.torch_weights import (
+    from_torch,
+    input_channels,
+    to_checked_arrays,
+    torch_name,
+    with_channels,
+)
 from flax_resnet.models.weight_files import read_state_dict
+
+_LOG = logging.getLogger(__name__)
 
 
 def save_weights(
@@ -34,13 +42,12 @@ def save_weights(
 
     Raises:
       ValueError: if it ends in something else, if the file cannot be written, or the
-        variables are stacked: see `unstack_blocks`.
+        variables are not that or stacked: see `unstack_blocks`.
     """
-    del model  # the names tell all; the argument mirrors `from_torch`
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not {path}")
-    arrays = to_arrays(variables)
+    arrays = to_checked_arrays(model, variables)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as scratch:
             written = Path(scratch) / path.name
@@ -52,7 +59,9 @@ def save_weights(
         raise ValueError(f"cannot write {path}: {error}") from error
 
 
-def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, Any]:
+def pretrained(
+    model: nn.Module, source: str | os.PathLike[str], channels: int | None = None
+) -> dict[str, Any]:
     """What `from_torch` gives, but the classifier is new where the number of classes differs.
 
     A new one has the values that `model.init` gives it with `jax.random.key(0)`; a warning
@@ -62,19 +71,20 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
     Args:
       model: a `ResNet`, `ResNet9` or `VGG`.
       source: see `read_state_dict`.
+      channels: see `fit_weights`.
 
     Raises:
-      ValueError: lists every entry, but those of the classifier, that is missing, left over
+      ValueError: names entries, but those of the classifier, that are missing, left over
         or of another shape, or says why the source cannot be read.
       ImportError: see `read_state_dict`.
     """
     state_dict = read_state_dict(source)
     try:
-        flat, classes = fit_weights(model, state_dict)
+        flat, classes = fit_weights(model, state_dict, channels)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     if model.num_classes not in (0, classes):
-        logging.getLogger(__name__).warning(
+        _LOG.warning(
             "%s has %d classes, not %d: the classifier starts anew",
             source,
             classes,
@@ -93,13 +103,15 @@ def pretrained(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, An
 
 
 def fit_weights(
-    model: nn.Module, state_dict: Mapping[str, Any]
+    model: nn.Module, state_dict: Mapping[str, Any], channels: int | None = None
 ) -> tuple[dict[tuple[str, ...], jax.Array], int]:
     """A model's variables by their paths, but the classifier where the classes are not as many.
 
     Args:
       model: a `ResNet`, `ResNet9` or `VGG`.
       state_dict: see `from_torch`.
+      channels: of the images; None for as many as the weights are for. Where these are for
+        another number, see `with_channels`, and a warning in the log tells of it.
 
     Returns:
       Variables, and the number of classes of the state_dict: 0 if it has no classifier.
@@ -107,6 +119,14 @@ def fit_weights(
     Raises:
       ValueError: see `pretrained`.
     """
+    had = input_channels(state_dict)
+    if channels and had and had != channels:
+        state_dict = with_channels(state_dict, channels)
+        how = "summed" if channels == 1 else "repeated and scaled"
+        _LOG.warning(
+            "the weights are for images of %d channels, not %d: the first kernels are %s",
+            *(had, channels, how),
+        )
     head = _head(model)
     shapes = [state_dict[name].shape for name in map(torch_name, head) if name in state_dict]
     classes = shapes[0][0] if shapes and shapes[0] else 0

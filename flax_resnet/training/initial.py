@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import InputError, short_reason
-from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import to_arrays
 from flax_resnet.models.weight_files import read_state_dict
 from flax_resnet.models.weights import fit_weights
@@ -60,17 +59,10 @@ def fit_initial(
     A classifier of another number of classes is not among it.
 
     Raises:
-      InputError: if it is of another model, or for images of another number of channels.
+      InputError: if it is of another model.
     """
     try:
-        weights, classes = fit_weights(model, state_dict)
-        expected: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, image_shape))
-        for path, value in weights.items():
-            if value.shape != expected[path].shape:
-                raise ValueError(
-                    f"it takes images of {value.shape[2]} channels, and those of "
-                    f"{config.dataset} have {image_shape[2]}"
-                )
+        weights, classes = fit_weights(model, state_dict, image_shape[-1])
     except ValueError as error:
         raise InputError(
             f"init_from={config.init_from} for {config.model}: {short_reason(error)}"

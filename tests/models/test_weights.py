@@ -2,8 +2,12 @@
 
 import argparse
 import builtins
+import json
 import logging
 import pickle
+import shutil
+import warnings
+from typing import Any
 
 import chex
 import jax
@@ -13,6 +17,7 @@ import pytest
 import safetensors.numpy
 
 import flax_resnet as fr
+from flax_resnet.models.weights import pretrained
 
 MODEL = fr.cifar_resnet8()
 
@@ -128,7 +133,24 @@ class TestSafetensors:
 
     def test_nothing_in_it(self, tmp_path):
         safetensors.numpy.save_file({}, tmp_path / "net.safetensors")
-        assert_refused(tmp_path / "net.safetensors", reason="missing conv1.weight; missing")
+        assert_refused(
+            tmp_path / "net.safetensors",
+            reason="missing bn1.bias, bn1.weight, conv1.weight, .* and 32 more",
+        )
+
+    def test_shape_beyond_all_bounds(self, tmp_path, arrays):
+        arrays["conv1.weight"] = np.zeros((0, 1))
+        safetensors.numpy.save_file(arrays, tmp_path / "net.safetensors")
+        whole = (tmp_path / "net.safetensors").read_bytes()
+        length = int.from_bytes(whole[:8], "little")
+        header = whole[8 : 8 + length].replace(b"[0,1]", b"[1099511627776,0]")
+        header += b" " * (-len(header) % 8)
+        (tmp_path / "net.safetensors").write_bytes(
+            len(header).to_bytes(8, "little") + header + whole[8 + length :]
+        )
+        assert_refused(
+            tmp_path / "net.safetensors", reason=r"conv1.weight has shape \(1099511627776, 0\)"
+        )
 
     def test_unknown_type(self, tmp_path):
         torch = pytest.importorskip("torch")
@@ -138,7 +160,7 @@ class TestSafetensors:
         assert_refused(tmp_path / "f8.safetensors", reason="float8_e4m3fn")
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "pth", "pt"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "ckpt"])
 class TestWhatIsNoWeights:
     @pytest.mark.parametrize(
         ("content", "reason"),
@@ -146,7 +168,9 @@ class TestWhatIsNoWeights:
             (b"", "it is empty"),
             (b"\n<!DOCTYPE html><html><title>404</title></html>", "it is a web page"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
-            (b"0123456789" * 10, "cannot read"),
+            (b"0123456789" * 10, "it is neither of safetensors nor of torch.save"),
+            (b'{"architectures": ["ResNet"]}', "no index of weights in shards"),
+            (b'{"weight_map": {"conv1.weight": "../conv1.safetensors"}}', "no index of weights"),
             (pickle.dumps([1, 2, 3]), "cannot read|no state_dict"),
         ],
     )
@@ -161,9 +185,15 @@ class TestWhatIsNoWeights:
         assert_refused(tmp_path / f"net.{suffix}", reason="is not a file")
 
 
-def test_other_suffix(tmp_path):
-    (tmp_path / "net.ckpt").write_bytes(b"?")
-    assert_refused(tmp_path / "net.ckpt", reason=r"read from \.safetensors, \.pth and \.pt")
+def test_shards(tmp_path, arrays, variables):
+    names = sorted(arrays)
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        part = {name: arrays[name] for name in names if weight_map[name] == shard}
+        safetensors.numpy.save_file(part, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    chex.assert_trees_all_equal(fr.from_torch(MODEL, index), variables)
 
 
 class Pickled:
@@ -181,26 +211,50 @@ class TestPickles:
         torch = pytest.importorskip("torch")
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    @pytest.mark.parametrize("suffix", ["pth", "pt"])
+    @pytest.mark.parametrize(
+        "name", ["a.pth", "a.pt", "a.th", "a.tar", "a.pth.tar", "a.bin", "a.ckpt", "a.safetensors"]
+    )
     @pytest.mark.parametrize("zipped", [True, False])
-    def test_state_dict(self, tmp_path, tensors, variables, suffix, zipped):
+    def test_content_tells_what_it_is(self, tmp_path, tensors, path, variables, name, zipped):
         import torch
 
-        file = tmp_path / f"net.{suffix}"
-        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
-        chex.assert_trees_all_equal(fr.from_torch(MODEL, file), variables)
+        torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        chex.assert_trees_all_equal(fr.from_torch(MODEL, tmp_path / name), variables)
+        (tmp_path / name).write_bytes(path.read_bytes())
+        chex.assert_trees_all_equal(fr.from_torch(MODEL, tmp_path / name), variables)
 
-    @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
-    @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+    @pytest.mark.parametrize(
+        "wrapper",
+        ["state_dict", "model", "model_state_dict", "net", "model_ema", "state_dict_ema"],
+    )
+    @pytest.mark.parametrize("prefix", ["", "module.", "net._orig_mod.", "model.backbone.module."])
     def test_training_checkpoint(self, tmp_path, tensors, variables, wrapper, prefix):
         import torch
 
         wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+        wrapped["n_averaged"] = torch.tensor(3)  # of torch.optim.swa_utils
         file = tmp_path / "checkpoint.pth"
         arguments = argparse.Namespace(model="resnet18", lr=0.1)  # as timm and torchvision have
-        torch.save({"args": arguments, wrapper: wrapped, "optimizer": {"lr": 0.1}}, file)
+        beside = {"optimizer": {"lr": 0.1}, "best": np.float64(0.9), "step": np.int64(3)}
+        torch.save({"args": arguments, wrapper: wrapped, **beside}, file)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, file), variables)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, wrapped), variables)
+
+    def test_averaged_weights_come_first(self, tmp_path, tensors, variables, caplog):
+        import torch
+
+        others = {name: tensor + 1 for name, tensor in tensors.items()}
+        file = tmp_path / "checkpoint.pth.tar"
+        torch.save({"state_dict": others, "state_dict_ema": tensors}, file)
+        chex.assert_trees_all_equal(fr.from_torch(MODEL, file), variables)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"{file} holds state_dict_ema and state_dict: state_dict_ema is taken"
+        ]
+
+    def test_prefix_of_some_is_no_prefix(self, arrays):
+        some = {name if name == "fc.bias" else f"net.{name}": v for name, v in arrays.items()}
+        with pytest.raises(ValueError, match=r"other names than the model: net\.bn1\.bias, .*"):
+            fr.from_torch(MODEL, some)
 
     def test_code_is_not_run(self, tmp_path, tensors):
         import torch
@@ -208,10 +262,17 @@ class TestPickles:
         file = tmp_path / "evil.pth"
         for content in (tensors | {"extra": Pickled()}, Pickled()):
             torch.save(content, file)
-            assert_refused(file, reason="holds more than tensors; nothing in it was run")
+            reason = "holds more than tensors.*; nothing in it was run"
+            assert_refused(file, reason=reason)
             file.write_bytes(pickle.dumps(content))
-            assert_refused(file, reason="holds more than tensors; nothing in it was run")
+            assert_refused(file, reason=reason)
         assert Pickled.ran == []
+
+    def test_whole_module(self, tmp_path):
+        torch = pytest.importorskip("torch")
+        torch.save(torch.nn.Linear(1, 1), tmp_path / "whole.pt")
+        reason = r"Linear; nothing in it was run\. In PyTorch write torch\.save\(model\.state_dict"
+        assert_refused(tmp_path / "whole.pt", reason=reason)
 
     def test_damaged(self, tmp_path, tensors):
         import torch
@@ -224,14 +285,37 @@ class TestPickles:
 
     def test_no_state_dict(self, tmp_path):
         torch = pytest.importorskip("torch")
-        for content in ({"epoch": 3}, {0: torch.zeros(3)}, [1, 2], torch.zeros(3)):
+        for content, held in (
+            ({"epoch": 3, "optimizer": {}}, "a dict of epoch, optimizer"),
+            ({0: torch.zeros(3)}, "a dict of 0"),
+            ([1, 2], "list"),
+            (torch.zeros(3), "Tensor"),
+        ):
             torch.save(content, tmp_path / "other.pth")
-            assert_refused(tmp_path / "other.pth", reason="holds no state_dict")
+            reason = f"holds no state_dict, which is a dict of tensors, but {held}$"
+            assert_refused(tmp_path / "other.pth", reason=reason)
+
+    def test_tensors_without_numbers(self, tmp_path, tensors):
+        import torch
+
+        bias = tensors["fc.bias"]
+        with warnings.catch_warnings(action="ignore"):  # PyTorch lets go of such tensors
+            quantized = torch.quantize_per_tensor(bias, 0.1, 0, torch.qint8)
+        for other, reason in (
+            (bias.to_sparse(), r"a sparse tensor: give its to_dense\(\)"),
+            (quantized, r"a quantized .* dequantize"),
+            (bias.to("meta"), "on the meta device, where it has no values"),
+            (bias.to(torch.complex64), "of real numbers, not complex64"),
+        ):
+            torch.save(tensors | {"fc.bias": other}, tmp_path / "odd.pth")
+            assert_refused(tmp_path / "odd.pth", reason=f"odd.pth: fc.bias is {reason}")
+            with pytest.raises(ValueError, match=f"^the state_dict: fc.bias is {reason}"):
+                fr.from_torch(MODEL, tensors | {"fc.bias": other})
 
     def test_without_pytorch(self, tmp_path, monkeypatch):
-        (tmp_path / "net.pth").write_bytes(b"?")
+        (tmp_path / "net.pth").write_bytes(pickle.dumps({}))
         without(monkeypatch, "torch")
-        needs = r"net\.pth needs PyTorch 2\.5 or newer; \.safetensors does not"
+        needs = r"net\.pth needs PyTorch 2\.6 or newer; \.safetensors does not"
         with pytest.raises(ImportError, match=needs):
             fr.from_torch(MODEL, tmp_path / "net.pth")
 
@@ -300,8 +384,55 @@ class TestCreateModel:
         assert "fc.bias" not in message
 
     def test_weights_of_another_model(self, path):
-        with pytest.raises(ValueError, match=r"missing layer1\.2\.bn2\.running_var"):
-            fr.create_model("cifar_resnet20", weights=path)
+        with pytest.raises(ValueError, match=r"missing layer1\.1\.bn1\.bias") as error:
+            fr.create_model("cifar_resnet1202", weights=path)
+        assert len(str(error.value)) < 400
+        assert " and 5965 more" in str(error.value)
+
+    @pytest.mark.parametrize("channels", [1, 4, 7])
+    def test_other_channels(self, path, tmp_path, variables, channels, caplog):
+        """Equal channels give what they gave; and back again."""
+        _, ours = fr.create_model("cifar_resnet8", weights=path, channels=channels)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"the weights are for images of 3 channels, not {channels}: the first kernels are "
+            f"{'summed' if channels == 1 else 'repeated and scaled'}"
+        ]
+        kernel = np.asarray(ours["params"]["conv1"].pop("kernel"))
+        before = np.asarray(variables["params"]["conv1"]["kernel"], np.float64)
+        expected = before[:, :, np.arange(channels) % 3] * 3 / channels
+        if channels == 1:
+            expected = before.sum(2, keepdims=True)
+        np.testing.assert_allclose(kernel, expected, rtol=1e-5, atol=1e-6)
+        rest = {**variables, "params": {**variables["params"], "conv1": {}}}
+        chex.assert_trees_all_equal(ours, rest)
+
+        ours["params"]["conv1"]["kernel"] = kernel
+        fr.save_weights(MODEL, ours, tmp_path / "other.safetensors")
+        _, ours = fr.create_model(
+            "cifar_resnet8", weights=tmp_path / "other.safetensors", channels=3
+        )
+        back = np.asarray(ours["params"]["conv1"]["kernel"])
+        assert back.shape == (3, 3, 3, 16)
+        if channels == 1:
+            np.testing.assert_allclose(back.sum(2), before.sum(2), rtol=1e-4, atol=1e-5)
+        else:
+            np.testing.assert_allclose(back, before, rtol=1e-5)
+
+    def test_channels_of_the_other_stems(self, tmp_path):
+        stage = {"layers": (1,), "widths": (4,), "strides": (1,)}
+        for model, first in (
+            (fr.resnet18d(num_classes=2, **stage), "conv1_0"),
+            (fr.vgg11_bn(num_classes=2, widths=(4,) * 5, hidden=3), "features_0"),
+        ):
+            shapes = jax.eval_shape(
+                lambda m=model: m.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False)
+            )
+            ones = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+            fr.save_weights(model, ones, tmp_path / "net.safetensors")
+            ours = pretrained(model, tmp_path / "net.safetensors", channels=1)
+            kernel = ours["params"][first]["kernel"]
+            assert kernel.shape[2] == 1
+            np.testing.assert_array_equal(kernel, 3)
 
     def test_name_of_nothing(self):
         with pytest.raises(ValueError, match="net is neither a file nor the id of a Hub repo"):
@@ -315,32 +446,84 @@ class TestHub:
     def hub(self):
         return pytest.importorskip("huggingface_hub")
 
-    @staticmethod
-    def absent(*args, **kwargs):
+    @pytest.fixture
+    def serve(self, hub, monkeypatch, tmp_path):
+        """serve(repository, revision, folder): what is asked of the Hub lies there."""
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        def serve(repository, revision, folder):
+            asked, cache = [], tmp_path / "cache"
+
+            def download(asked_repository, file, *, revision=None, local_files_only=False):
+                assert (asked_repository, revision) == expected
+                if local_files_only and not (cache / file).exists():
+                    raise LocalEntryNotFoundError("not in the cache")
+                if not local_files_only:
+                    cache.mkdir(exist_ok=True)
+                    shutil.copy(folder / file, cache / file)
+                return str(cache / file)
+
+            def metadata(url):
+                asked.append(url)
+                if not (folder / url.rpartition("/")[2]).exists():
+                    raise EntryNotFoundError("404")
+
+            expected = repository, revision
+            monkeypatch.setattr(hub, "hf_hub_download", download)
+            monkeypatch.setattr(hub, "get_hf_file_metadata", metadata)
+            return asked
+
+        return serve
+
+    def absent(self, *args, **kwargs):
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         raise LocalEntryNotFoundError("not in the cache")
 
-    def test_cached_file_needs_no_network(self, hub, path, variables, monkeypatch):
-        def download(repository, name, *, local_files_only):
-            assert (repository, name, local_files_only) == ("a/b", "model.safetensors", True)
-            return str(path)
+    def save(self, folder, files, arrays):
+        torch = pytest.importorskip("torch")
+        folder.mkdir()
+        for i, file in enumerate(files):
+            part = dict(list(arrays.items())[i :: len(files)])
+            if file.endswith("safetensors"):
+                safetensors.numpy.save_file(part, folder / file)
+            else:
+                torch.save({k: torch.from_numpy(v) for k, v in part.items()}, folder / file)
+        if len(files) > 1:
+            weight_map = {name: files[i % len(files)] for i, name in enumerate(arrays)}
+            index = "pytorch_model.bin" if files[0].endswith("bin") else "model.safetensors"
+            text = json.dumps({"weight_map": weight_map})
+            (folder / f"{index}.index.json").write_text(text)
 
-        monkeypatch.setattr(hub, "hf_hub_download", download)
-        _, ours = fr.create_model("cifar_resnet8", weights="a/b")
+    @pytest.mark.parametrize(
+        "files",
+        [
+            ["model.safetensors"],
+            ["pytorch_model.bin"],
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+            ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"],
+        ],
+    )
+    @pytest.mark.parametrize("revision", [None, "v1.0/a-b"])
+    def test_files_are_fetched_once(self, serve, arrays, variables, tmp_path, files, revision):
+        self.save(tmp_path / "hub", files, arrays)
+        asked = serve("timm/resnet8.b-c_d", revision, tmp_path / "hub")
+        source = "timm/resnet8.b-c_d" + (f"@{revision}" if revision else "")
+        _, ours = fr.create_model("cifar_resnet8", weights=source)
         chex.assert_trees_all_equal(ours, variables)
+        assert all("timm/resnet8.b-c_d" in url for url in asked)
+        assert asked
 
-    def test_file_is_fetched(self, hub, path, variables, monkeypatch):
-        def download(repository, name, *, local_files_only=False):
-            return self.absent() if local_files_only else str(path)
-
-        asked = []
-        monkeypatch.setattr(hub, "hf_hub_download", download)
-        monkeypatch.setattr(hub, "get_hf_file_metadata", asked.append)
-        _, ours = fr.create_model("cifar_resnet8", weights="timm/resnet8.b-c_d")
+        asked.clear()
+        _, ours = fr.create_model("cifar_resnet8", weights=source)
         chex.assert_trees_all_equal(ours, variables)
-        assert "timm/resnet8.b-c_d" in asked[0]
-        assert "model.safetensors" in asked[0]
+        assert not asked
+
+    def test_no_weights_in_it(self, serve, tmp_path):
+        self.save(tmp_path / "hub", [], {})
+        serve("a/b", None, tmp_path / "hub")
+        with pytest.raises(ValueError, match=r"^a/b has no weights that can be read: neither"):
+            fr.create_model("cifar_resnet8", weights="a/b")
 
     def test_without_network(self, hub, monkeypatch):
         def fail(url):
@@ -357,3 +540,52 @@ class TestHub:
         without(monkeypatch, "huggingface_hub")
         with pytest.raises(ImportError, match="needs huggingface_hub: pip install huggingface_hub"):
             fr.create_model("cifar_resnet8", weights="a/b")
+
+
+class TestMistakes:
+    """Each gets what came, what is expected, and the line to write."""
+
+    def test_parameters_alone(self, tmp_path, variables):
+        params = variables["params"]
+        for wrong, reason in (
+            (params, "not a dict of bn1, conv1, fc, layer1_0, layer2_0 and 1 more"),
+            ({"params": params}, "the statistics of BatchNorm are lost: write"),
+        ):
+            for write in (
+                lambda v: fr.save_weights(MODEL, v, tmp_path / "net.safetensors"),
+                lambda v: fr.to_torch(MODEL, v),
+            ):
+                with pytest.raises(ValueError, match=reason):
+                    write(wrong)
+        assert not list(tmp_path.iterdir())
+
+    def test_nets_without_statistics_have_parameters_alone(self, tmp_path, variables):
+        model, path = MODEL.clone(norm="group"), tmp_path / "net.safetensors"
+        fr.save_weights(model, {"params": variables["params"]}, path)
+        chex.assert_trees_all_equal(fr.from_torch(model, path), {"params": variables["params"]})
+
+    def test_module_instead_of_its_state_dict(self):
+        torch = pytest.importorskip("torch")
+        with pytest.raises(
+            TypeError, match=r"not a torch\.nn.*Linear: write model\.state_dict\(\)"
+        ):
+            fr.from_torch(MODEL, torch.nn.Linear(1, 1))
+        with pytest.raises(
+            TypeError, match=r"not a Linear: write fr\.from_torch\(fr\.resnet18\(\)"
+        ):
+            fr.create_model("resnet18", weights=torch.nn.Linear(1, 1))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"pretrained": True}, r"no field 'pretrained': .*weights=\"timm/resnet18.a1_in1k\""),
+            ({"weights": True}, r"not True: write fr\.create_model\(\"resnet18\", weights="),
+        ],
+    )
+    def test_field_of_timm_or_of_nothing(self, fields: dict[str, Any], message):
+        with pytest.raises(TypeError, match=message):
+            fr.create_model("resnet18", **fields)
+
+    def test_channels_without_weights(self):
+        with pytest.raises(ValueError, match="channels=1 goes with weights"):
+            fr.create_model("resnet18", channels=1)
