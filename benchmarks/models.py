@@ -1,53 +1,91 @@
-"""The table of docs/models.md: every model with its parameters and its multiply-adds.
+"""The table of docs/models.md: every model, its size, and how far its logits are from timm's.
 
     python benchmarks/models.py
 
-Both are counted from shapes by `fr.summary`, not measured. BatchNorm, ReLU, pooling and
-biases are no multiply-adds there, as in most papers.
+Parameters and multiply-adds are counted from shapes by `fr.summary`, not measured. BatchNorm,
+ReLU, pooling and biases are no multiply-adds there, as in most papers. Where timm has a net of
+the same name (and is installed, with PyTorch), both get the same random weights and statistics
+and two images of 64x96 pixels; the last column is the largest difference of two logits, as a share
+of the largest logit. It needs 16 GB of memory for the largest ones, and an hour of two cores.
 """
 
+import gc
 import re
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
-
-HE = "He et al. 2015, [1512.03385](https://arxiv.org/abs/1512.03385)"
-HU = "Hu et al., [1709.01507](https://arxiv.org/abs/1709.01507)"
-WIDE = "Zagoruyko and Komodakis, [1605.07146](https://arxiv.org/abs/1605.07146)"
-# By the first pattern that fits a whole name: (source, whose weights fit).
-ORIGINS = {
-    r"resnet\d+": (HE, "torchvision, timm"),
-    r"wide_resnet.*": (WIDE, "torchvision, timm"),
-    r"resnext.*": (
-        "Xie et al., [1611.05431](https://arxiv.org/abs/1611.05431)",
-        "torchvision, timm",
-    ),
-    r"resnet\d+d": ("He et al. 2018, [1812.01187](https://arxiv.org/abs/1812.01187)", "timm"),
-    r"seresnet50": (HU, "timm"),
-    r"seresnet.*": (HU, "none"),
-    r"vgg.*": (
-        "Simonyan and Zisserman, [1409.1556](https://arxiv.org/abs/1409.1556)",
-        "torchvision",
-    ),
-    r"cifar_resnet9": ("Page 2018, How to Train Your ResNet", "none"),
-    r"cifar_preact.*": ("He et al. 2016, [1603.05027](https://arxiv.org/abs/1603.05027)", "none"),
-    r"cifar_wrn.*": (WIDE, "none"),
-    r"lab10.*": ("the lesson Lab10-6", "none"),
-    r".*": (HE, "none"),
-}
+from flax_resnet.models.dialects import in_our_names
+from flax_resnet.models.variants import VARIANTS, Variant
 
 
-def row(name: str) -> str:
+def row(variant: Variant, difference: float | None) -> str:
     """A line of the table."""
-    model = fr.create_model(name)
-    size = 32 if name.startswith(("cifar", "lab10")) else 224
-    summary = fr.summary(model, size)
-    giga = summary.multiply_adds / 1e9
-    source, weights = next(v for pattern, v in ORIGINS.items() if re.fullmatch(pattern, name))
-    return f"| {name} | {summary.parameters:,} | {giga:#.3g} | {size} | {source} | {weights} |"
+    summary = fr.summary(variant.make(), variant.pixels)
+    giga, pixels = summary.multiply_adds / 1e9, variant.pixels
+    # The authors, and a link in place of the title.
+    source = re.sub(r", .*, arXiv:([\d.]+)", r", [\1](https://arxiv.org/abs/\1)", variant.paper)
+    beside = "" if difference is None else f"{difference:.0e}"
+    return (
+        f"| {variant.name} | {summary.parameters:,} | {giga:#.3g} | {pixels} | {source} "
+        f"| {variant.weights or 'none'} | {beside} |"
+    )
+
+
+def difference_from_timm(timm, name: str) -> float:
+    """Of the logits, as a share of the largest.
+
+    Raises:
+      ValueError: if their entries are not the same.
+    """
+    import torch
+
+    from tests.models.torch_resnet import randomize
+
+    images = np.random.default_rng(0).normal(size=(2, 64, 96, 3)).astype(np.float32)
+    torch_images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    theirs, ours = randomize(timm.create_model(name)), fr.create_model(name)
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        theirs.train()(torch_images)  # else deep nets overflow
+        expected = theirs.eval()(torch_images).numpy()
+    variables = fr.from_torch(ours, theirs.state_dict())
+    if len(flatten_dict(variables)) != len(in_our_names(theirs.state_dict())):
+        raise ValueError(f"{name} has other entries than timm's")
+    logits = ours.apply(variables, jnp.asarray(images), train=False)
+    return float(np.abs(logits - expected).max() / np.abs(expected).max())
+
+
+def rows() -> Iterator[str]:
+    """The lines of the table, and what they say of timm in one."""
+    try:
+        from tests.models.timm_nets import load_timm
+
+        timm = load_timm()
+        theirs = {*timm.list_models(module="resnet"), *timm.list_models(module="resnetv2")}
+    except ImportError:
+        timm, theirs = None, set()
+    differences = {}
+    for name, variant in VARIANTS.items():
+        if name in theirs:
+            differences[name] = difference_from_timm(timm, name)
+            gc.collect()
+        yield row(variant, differences.get(name))
+    if differences:
+        largest = max(differences, key=lambda name: differences[name])
+        yield (
+            f"\n{len(differences)} names are those of timm {timm.__version__} too; the largest "
+            f"difference is {differences[largest]:.1e}, of {largest}."
+        )
 
 
 if __name__ == "__main__":
-    print("| model | parameters | GMACs | pixels | source | published weights that fit |")
-    print("|---|---:|---:|---:|---|---|")
-    for name in fr.list_models():
-        print(row(name), flush=True)
+    print("| model | parameters | GMACs | pixels | source | published weights | beside timm |")
+    print("|---|---:|---:|---:|---|---|---:|")
+    for line in rows():
+        print(line, flush=True)

@@ -6,6 +6,7 @@ is n / (n - 1) times larger for n = N * H * W values a channel; Flax moves it
 towards the biased one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,14 +35,17 @@ def uniform(limit: float) -> Initializer:
 
 
 class Conv(nn.Module):
-    """Convolution of odd size, padded by half of it on every side.
+    """Convolution of odd size, padded by dilation times half of it on every side.
 
     Attributes:
       planes: channels of the output.
       kernel_size: height and width of the kernel.
       stride: in both directions.
+      dilation: pixels from one entry of the kernel to the next.
       groups: equal parts of the input's channels; the i-th part of the output's is made of
         the i-th alone, as in torch.nn.Conv2d.
+      standardize: convolve with the kernel less its mean, over its deviation, of each output
+        channel (weight standardization: Qiao et al., arXiv:1903.10520), as timm's BiT nets.
       bias_init: initial value of the bias; None for no bias.
       dtype: type of the compute.
     """
@@ -49,7 +53,9 @@ class Conv(nn.Module):
     planes: int
     kernel_size: int
     stride: int = 1
+    dilation: int = 1
     groups: int = 1
+    standardize: bool = False
     bias_init: Initializer | None = None
     dtype: Dtype = jnp.float32
 
@@ -57,9 +63,22 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow {self.planes}"]:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.planes)
         kernel = self.param("kernel", kaiming_normal, shape, jnp.float32)
+        if self.standardize:
+            mean, var = (f(kernel, axis=(0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
+            kernel = (kernel - mean) * jax.lax.rsqrt(var + 1e-8)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        padding = self.kernel_size // 2
-        if self.groups == 1:
+        padding = self.dilation * (self.kernel_size // 2)
+        if self.dilation != 1:
+            x = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=[(padding, padding)] * 2,
+                rhs_dilation=(self.dilation, self.dilation),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
+            )
+        elif self.groups == 1:
             x = convolution(x, kernel, stride=self.stride, padding=padding)
         else:
             x = grouped_convolution(
@@ -72,7 +91,7 @@ class Conv(nn.Module):
 
 
 def conv3x3(planes: int, stride: int = 1, **kwargs) -> Conv:
-    """3x3 convolution with padding 1."""
+    """3x3 convolution, padded by its dilation, which is 1."""
     return Conv(planes, 3, stride, **kwargs)
 
 
@@ -194,8 +213,35 @@ def _relu_jvp(primals, tangents):
 class SqueezeExcite(nn.Module):
     """Scales every channel by a factor that the means of all channels decide.
 
-    Hu et al., arXiv:1709.01507, as timm's SEModule: a sixteenth of the channels in
-    between, rounded to a multiple of 8. Maps [N, H, W, C] to the same shape.
+    Hu et al., arXiv:1709.01507, as timm's SEModule. Maps [N, H, W, C] to the same shape.
+
+    Attributes:
+      ratio: channels in between, as a share of C, rounded to a multiple of 8.
+      dtype: type of the compute.
+    """
+
+    ratio: float = 1 / 16
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        planes = x.shape[-1]
+        reduced = max(8, int(planes * self.ratio + 4) // 8 * 8)
+        means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
+        # torch.nn.Conv2d's initial bias.
+        biases = [uniform(fan_in**-0.5) for fan_in in (planes, reduced)]
+        out = conv1x1(reduced, bias_init=biases[0], dtype=self.dtype, name="fc1")(means)
+        out = relu(out)
+        out = conv1x1(planes, bias_init=biases[1], dtype=self.dtype, name="fc2")(out)
+        return x * nn.sigmoid(out)
+
+
+class EfficientChannelAttention(nn.Module):
+    """Scales every channel by a factor that the means of its neighbours decide.
+
+    Wang et al., arXiv:1910.03151, as timm's EcaModule: one convolution along the channels,
+    whose size grows with the logarithm of their number (their equation 12). Maps
+    [N, H, W, C] to the same shape.
 
     Attributes:
       dtype: type of the compute.
@@ -205,15 +251,79 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        planes = x.shape[-1]
-        reduced = max(8, int(planes / 16 + 4) // 8 * 8)
-        means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2), keepdims=True)
-        # torch.nn.Conv2d's initial bias.
-        biases = [uniform(fan_in**-0.5) for fan_in in (planes, reduced)]
-        out = conv1x1(reduced, bias_init=biases[0], dtype=self.dtype, name="fc1")(means)
-        out = relu(out)
-        out = conv1x1(planes, bias_init=biases[1], dtype=self.dtype, name="fc2")(out)
-        return x * nn.sigmoid(out)
+        size = int((math.log2(x.shape[-1]) + 1) / 2)
+        size = max(3, size + 1 - size % 2)
+        means = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2))
+        conv = nn.Conv(
+            1,
+            (size,),
+            padding=size // 2,
+            use_bias=False,
+            kernel_init=kaiming_normal,
+            dtype=self.dtype,
+            name="conv",
+        )
+        factors = nn.sigmoid(conv(means[:, :, None])[:, None, None, :, 0])
+        return x * factors
+
+
+def avg_pool(
+    x: Float[Array, "n h w c"], stride: int, *, keeps_rest: bool = False
+) -> Float[Array, "n oh ow c"]:
+    """Means of stride x stride pixels, as torch.nn.AvgPool2d.
+
+    Args:
+      x: [N, H, W, C].
+      stride: pixels from one window to the next, and its size.
+      keeps_rest: whether what is left at the end of a row or column counts, in windows of fewer
+        pixels: ceil_mode=True and count_include_pad=False.
+
+    Returns:
+      [N, H / stride, W / stride, C], rounded up where keeps_rest, else down.
+    """
+    padding = [(0, -size % stride if keeps_rest else 0) for size in x.shape[1:3]]
+    window = (stride, stride)
+    # Flax takes what its annotation of padding does not allow.
+    return nn.avg_pool(x, window, window, padding, count_include_pad=False)  # pyright: ignore[reportArgumentType]
+
+
+def blur_pool(x: Float[Array, "n h w c"], stride: int) -> Float[Array, "n oh ow c"]:
+    """Every stride-th pixel after a blur by (1, 2, 1) / 4 in both directions.
+
+    Zhang, arXiv:1904.11486, as timm's BlurPool2d: images are reflected at their edges.
+    """
+    for axis in (1, 2):
+        padding = [(int(i == axis), int(i == axis)) for i in range(4)]
+        padded = jnp.pad(x, padding, mode="reflect")
+        end = x.shape[axis]
+        before, middle, after = (
+            jax.lax.slice_in_dim(padded, i, i + end, stride, axis) for i in range(3)
+        )
+        x = middle / 2 + (before + after) / 4
+    return x
+
+
+def max_pool(
+    x: Float[Array, "n h w c"], stride: int, *, zeros: bool = False
+) -> Float[Array, "n oh ow c"]:
+    """Maxima of 3x3 pixels, as torch.nn.MaxPool2d(3, stride, padding=1).
+
+    Args:
+      x: [N, H, W, C].
+      stride: pixels from one window to the next.
+      zeros: whether the pixels around the image are zeros that count, as in BiT.
+    """
+    padding = ((1, 1), (1, 1))
+    if zeros:
+        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))
+    # Flax takes what its annotation of padding does not allow.
+    return nn.max_pool(x, (3, 3), (stride, stride), padding=padding)  # pyright: ignore[reportArgumentType]
+
+
+ANTIALIASED: dict[str, Callable[[jax.Array, int], jax.Array]] = {
+    "average": avg_pool,
+    "blur": blur_pool,
+}
 
 
 def check_common(model: Any, x: jax.Array) -> None:

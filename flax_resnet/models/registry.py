@@ -2,27 +2,20 @@
 
 import difflib
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any, overload
 
-from flax_resnet.models import resnet, resnet9, vgg
+from flax_resnet.models.resnet import ResNet
+from flax_resnet.models.resnet9 import ResNet9
+from flax_resnet.models.variants import VARIANTS
+from flax_resnet.models.vgg import VGG
 from flax_resnet.models.weights import pretrained
 
-Model = resnet.ResNet | resnet9.ResNet9 | vgg.VGG
-
-# Every variant that the three files define, in their order.
-_MODELS: dict[str, Callable[..., Model]] = {
-    name: value
-    for module in (resnet, resnet9, vgg)
-    for name, value in vars(module).items()
-    if isinstance(value, partial) and not name.startswith("_")
-}
+Model = ResNet | ResNet9 | VGG
 
 
 def list_models() -> list[str]:
     """Names that `create_model` takes."""
-    return list(_MODELS)
+    return list(VARIANTS)
 
 
 @overload
@@ -59,15 +52,13 @@ def create_model(
       TypeError: if it has no such field, or weights is neither a path nor an id.
       ImportError: if the weights need torch or huggingface_hub, and it is not installed.
     """
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3)
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(name, VARIANTS, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "fr.list_models() names all"
         raise ValueError(f"unknown model {name!r}: {hint}")
-    published = f'fr.create_model("{name}", weights="timm/{name}.a1_in1k")'
-    if "pretrained" in fields:
-        raise TypeError(f"{name} has no field 'pretrained': weights are named, as in {published}")
+    variant = VARIANTS[name]
     if not isinstance(weights, str | os.PathLike | None):
-        hint = f"write {published}"
+        hint = f'write fr.create_model("{name}", weights="{variant.hub_id() or "PATH"}")'
         if hasattr(weights, "keys") or hasattr(weights, "state_dict"):
             hint = f"write fr.from_torch(fr.{name}(), model.state_dict())"
         raise TypeError(
@@ -77,7 +68,7 @@ def create_model(
         raise ValueError(f"channels={channels} goes with weights: without, a model takes any")
     if channels is not None and channels < 1:
         raise ValueError(f"channels is at least 1, not {channels}")
-    model = _MODELS[name](**fields)
+    model = variant.make(**fields)
     return model if weights is None else (model, pretrained(model, weights, channels))
 
 

@@ -8,6 +8,7 @@ Images are float [N, H, W, C]. Parameters and BatchNorm statistics are float32;
 `dtype` is the type of the compute.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
@@ -20,15 +21,20 @@ from jaxtyping import Array, Float
 
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.layers import (
+    ANTIALIASED,
     BatchNorm,
     Conv,
     Dtype,
+    EfficientChannelAttention,
     GroupNorm,
     Norm,
     SqueezeExcite,
+    avg_pool,
+    blur_pool,
     check_common,
     conv1x1,
     conv3x3,
+    max_pool,
     relu,
     uniform,
 )
@@ -55,7 +61,14 @@ class ResidualBlock(nn.Module):
       groups, width_per_group: of a bottleneck's 3x3 convolution, which has
         planes * width_per_group / 64 * groups channels in that many groups; torchvision's
         names for ResNeXt (Xie et al., arXiv:1611.05431) and wide ResNets.
-      squeeze_excite: end the residual branch with `SqueezeExcite`.
+      squeeze_excite, se_ratio: end the residual branch with `SqueezeExcite` of that ratio.
+      eca: end it with `EfficientChannelAttention`.
+      antialias: how the branch comes to fewer pixels: "none", by the stride of its 3x3
+        convolution; or by "average" or "blur" after it, with stride 1 (Zhang, arXiv:1904.11486;
+        see `blur_pool`), as in timm.
+      dilation: of the 3x3 convolutions.
+      first_dilation: that of the first of them; None for dilation.
+      weight_standardization: see `Conv.standardize`.
       stochastic_depth: probability that training leaves the residual branch of an example
         out; what stays is scaled up to keep the mean. Needs the rng "dropout".
       norm_layer: `BatchNorm` or `GroupNorm`, or a `functools.partial` of one.
@@ -72,6 +85,12 @@ class ResidualBlock(nn.Module):
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
+    se_ratio: float = 1 / 16
+    eca: bool = False
+    antialias: str = "none"
+    dilation: int = 1
+    first_dilation: int | None = None
+    weight_standardization: bool = False
     stochastic_depth: float | jax.Array = 0.0
     norm_layer: Norm = BatchNorm
     dtype: Dtype = jnp.float32
@@ -92,6 +111,26 @@ class ResidualBlock(nn.Module):
     def _drops_branch(self) -> bool:
         # Under scan_blocks the rate is traced.
         return isinstance(self.stochastic_depth, jax.Array) or self.stochastic_depth > 0
+
+    @property
+    def conv_fields(self) -> dict[str, Any]:
+        """What all convolutions of the block have."""
+        return {"dtype": self.dtype, "standardize": self.weight_standardization}
+
+    @property
+    def strided_fields(self) -> dict[str, Any]:
+        """What its first 3x3 convolution has, which comes to fewer pixels."""
+        dilation = self.dilation if self.first_dilation is None else self.first_dilation
+        stride = 1 if self._is_antialiased() else self.stride
+        return {"stride": stride, "dilation": dilation, **self.conv_fields}
+
+    def _is_antialiased(self) -> bool:
+        dilates = self.first_dilation not in (None, self.dilation)
+        return self.antialias != "none" and (self.stride != 1 or dilates)
+
+    def thin_out(self, x: Float[Array, "n h w c"]) -> Float[Array, "n oh ow c"]:
+        """What `antialias` does after the first 3x3 convolution."""
+        return ANTIALIASED[self.antialias](x, self.stride) if self._is_antialiased() else x
 
     def changes_shape(self, x: Float[Array, "n h w c"]) -> bool:
         """Whether the output has another shape than the input x."""
@@ -142,12 +181,10 @@ class ResidualBlock(nn.Module):
         if self.shortcut == "average":
             names = ["downsample_1", "downsample_2"]  # timm's; 0 is the pooling
             if stride > 1:
-                padding = [(0, -size % stride) for size in x.shape[1:3]]
-                window = (stride, stride)
-                # Flax takes what its annotation of padding does not allow.
-                x = nn.avg_pool(x, window, window, padding, count_include_pad=False)  # pyright: ignore[reportArgumentType]
-                stride = 1
-        x = conv1x1(planes, stride, dtype=self.dtype, name=names[0])(x)
+                x, stride = avg_pool(x, stride, keeps_rest=True), 1
+            elif self.dilation > 1:  # as in timm: of 2x2 pixels, zeros beyond the edge
+                x = nn.avg_pool(x, (2, 2), padding=((0, 1), (0, 1)))  # pyright: ignore[reportArgumentType]
+        x = conv1x1(planes, stride, **self.conv_fields, name=names[0])(x)
         return (
             x if self.preactivation else self.norm_layer(train, dtype=self.dtype, name=names[1])(x)
         )
@@ -158,11 +195,13 @@ class ResidualBlock(nn.Module):
         shortcut: Float[Array, "n h w c"] | None,
         train: bool,
     ) -> Float[Array, "n h w c"]:
-        """The sum of residual branch and shortcut, after what `squeeze_excite` and
+        """The sum of residual branch and shortcut, after what `squeeze_excite`, `eca` and
         `stochastic_depth` do to the branch.
         """
         if self.squeeze_excite:
-            branch = SqueezeExcite(self.dtype, name="se")(branch)
+            branch = SqueezeExcite(self.se_ratio, self.dtype, name="se")(branch)
+        if self.eca:
+            branch = EfficientChannelAttention(self.dtype, name="se")(branch)
         if train and self._drops_branch():
             survival = 1 - self.stochastic_depth
             examples = (branch.shape[0], 1, 1, 1)
@@ -183,15 +222,14 @@ class BasicBlock(ResidualBlock):
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
-        dtype = self.dtype
-        norm = partial(self.norm_layer, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=self.dtype)
         identity = self.downsample(x, train)
 
-        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(x)
+        out = conv3x3(self._width(), **self.strided_fields, name="conv1")(x)
         out = norm(name="bn1")(out)
-        out = relu(out)
+        out = self.thin_out(relu(out))
 
-        out = conv3x3(self.planes, dtype=dtype, name="conv2")(out)
+        out = conv3x3(self.planes, dilation=self.dilation, **self.conv_fields, name="conv2")(out)
         out = norm(name="bn2", zero_init=self.zero_init_residual)(out)
 
         return relu(self.join(out, identity, train))
@@ -210,19 +248,19 @@ class Bottleneck(ResidualBlock):
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
-        width, dtype = self._width(), self.dtype
-        norm = partial(self.norm_layer, train, dtype=dtype)
+        width, conv = self._width(), self.conv_fields
+        norm = partial(self.norm_layer, train, dtype=self.dtype)
         identity = self.downsample(x, train)
 
-        out = conv1x1(width, dtype=dtype, name="conv1")(x)
+        out = conv1x1(width, **conv, name="conv1")(x)
         out = norm(name="bn1")(out)
         out = relu(out)
 
-        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
+        out = conv3x3(width, groups=self.groups, **self.strided_fields, name="conv2")(out)
         out = norm(name="bn2")(out)
-        out = relu(out)
+        out = self.thin_out(relu(out))
 
-        out = conv1x1(self.planes * self.expansion, dtype=dtype, name="conv3")(out)
+        out = conv1x1(self.planes * self.expansion, **conv, name="conv3")(out)
         out = norm(name="bn3", zero_init=self.zero_init_residual)(out)
 
         return relu(self.join(out, identity, train))
@@ -250,16 +288,15 @@ class PreActBasicBlock(ResidualBlock):
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {self.planes}"]:
-        dtype = self.dtype
-        norm = partial(self.norm_layer, train, dtype=dtype)
+        norm = partial(self.norm_layer, train, dtype=self.dtype)
 
         out = relu(norm(name="bn1")(x))
         identity = self.downsample(out if self.changes_shape(x) else x, train)
-        out = conv3x3(self._width(), self.stride, dtype=dtype, name="conv1")(out)
+        out = conv3x3(self._width(), **self.strided_fields, name="conv1")(out)
 
-        out = relu(norm(name="bn2")(out))
+        out = self.thin_out(relu(norm(name="bn2")(out)))
         out = nn.Dropout(self.dropout, deterministic=not train)(out)
-        out = conv3x3(self.planes, dtype=dtype, name="conv2")(out)
+        out = conv3x3(self.planes, dilation=self.dilation, **self.conv_fields, name="conv2")(out)
 
         return self.join(out, identity, train)
 
@@ -274,18 +311,18 @@ class PreActBottleneck(ResidualBlock):
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
     ) -> Float[Array, "n oh ow {4*self.planes}"]:
-        width, dtype = self._width(), self.dtype
-        norm = partial(self.norm_layer, train, dtype=dtype)
+        width, conv = self._width(), self.conv_fields
+        norm = partial(self.norm_layer, train, dtype=self.dtype)
 
         out = relu(norm(name="bn1")(x))
         identity = self.downsample(out if self.changes_shape(x) else x, train)
-        out = conv1x1(width, dtype=dtype, name="conv1")(out)
+        out = conv1x1(width, **conv, name="conv1")(out)
 
         out = relu(norm(name="bn2")(out))
-        out = conv3x3(width, self.stride, groups=self.groups, dtype=dtype, name="conv2")(out)
+        out = conv3x3(width, groups=self.groups, **self.strided_fields, name="conv2")(out)
 
-        out = relu(norm(name="bn3")(out))
-        out = conv1x1(self.planes * self.expansion, dtype=dtype, name="conv3")(out)
+        out = self.thin_out(relu(norm(name="bn3")(out)))
+        out = conv1x1(self.planes * self.expansion, **conv, name="conv3")(out)
 
         return self.join(out, identity, train)
 
@@ -318,8 +355,18 @@ class ResNet(nn.Module):
         `ResidualBlock`.
       deep_stem: three 3x3 convolutions in place of the 7x7 one, the first two with half of
         the stem's channels (ResNet-C of He et al., arXiv:1812.01187, section 4.2).
+      tiered_stem: the first of these three has 3/8 of them (timm's resnet*t).
       stem_width: channels of the stem's output; None for those of the first stage.
-      groups, width_per_group, squeeze_excite: see `ResidualBlock`.
+      stem_pool: "max", of 3x3 pixels with stride 2; "max_of_zeros", where the pixels around the
+        image are zeros that count, as in BiT; or "conv", a 3x3 convolution with BatchNorm
+        and ReLU in its place (ResNet-RS: Bello et al., arXiv:2103.07579, as in timm).
+      replace_stride_with_dilation: for each stage but the first, whether its stride becomes a
+        dilation, as in torchvision; None for no stage.
+      output_stride: pixels of the image to one of the last stage, 8, 16 or 32: strides beyond
+        become dilations, as in timm; None for what the strides make.
+      groups, width_per_group, squeeze_excite, se_ratio, eca, antialias,
+      weight_standardization: see `ResidualBlock`; the last is the stem's too, and antialias that
+        of its pooling.
       norm: "batch" or "group", `BatchNorm` or `GroupNorm`; the names of the modules stay. Or
         what makes a module in their place, from (train, *, dtype, name, zero_init=False), such as
         a `functools.partial` of one of them.
@@ -353,10 +400,18 @@ class ResNet(nn.Module):
     cifar_stem: bool = False
     shortcut: str = "projection"
     deep_stem: bool = False
+    tiered_stem: bool = False
     stem_width: int | None = None
+    stem_pool: str = "max"
+    replace_stride_with_dilation: Sequence[bool] | None = None
+    output_stride: int | None = None
     groups: int = 1
     width_per_group: int = 64
     squeeze_excite: bool = False
+    se_ratio: float = 1 / 16
+    eca: bool = False
+    antialias: str = "none"
+    weight_standardization: bool = False
     norm: str | Norm = "batch"
     final_norm: bool = True
     dropout: float = 0.0
@@ -377,27 +432,9 @@ class ResNet(nn.Module):
         if isinstance(norm, str):
             norm = {"batch": batch_norm, "group": GroupNorm}[norm]
         bn = partial(norm, train, dtype=self.dtype)
-        outputs = {}
 
-        planes = self.stem_width or self.widths[0]
-        if self.cifar_stem:
-            x = conv3x3(planes, dtype=self.dtype, name="conv1")(x)
-        elif self.deep_stem:
-            # torch.nn.Sequential's numbers; 2 and 5 are ReLU.
-            x = conv3x3(planes // 2, 2, dtype=self.dtype, name="conv1_0")(x)
-            x = relu(bn(name="conv1_1")(x))
-            x = conv3x3(planes // 2, dtype=self.dtype, name="conv1_3")(x)
-            x = relu(bn(name="conv1_4")(x))
-            x = conv3x3(planes, dtype=self.dtype, name="conv1_6")(x)
-        else:
-            x = Conv(planes, 7, stride=2, dtype=self.dtype, name="conv1")(x)
-        if not self.block.preactivation:
-            x = bn(name="bn1")(x)
-            x = relu(x)
-        if not self.cifar_stem:
-            # Flax takes what its annotation of padding does not allow.
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
-        outputs["stem"] = x
+        x = self._stem(x, bn)
+        outputs = {"stem": x}
 
         fields: dict[str, Any] = {"dropout": self.dropout} if self.dropout else {}
         block = partial(
@@ -407,23 +444,36 @@ class ResNet(nn.Module):
             groups=self.groups,
             width_per_group=self.width_per_group,
             squeeze_excite=self.squeeze_excite,
+            se_ratio=self.se_ratio,
+            eca=self.eca,
+            antialias=self.antialias,
+            weight_standardization=self.weight_standardization,
             norm_layer=norm,
             dtype=self.dtype,
             **fields,
         )
         rise = self.stochastic_depth / sum(self.layers)
-        done = 0
-        stages = zip(self.layers, self.widths, self.strides, strict=True)
-        for stage, (blocks, planes, stride) in enumerate(stages, start=1):
+        done, dilation = 0, 1
+        stages = zip(self.layers, self.widths, *self._strides_and_dilations(), strict=True)
+        for stage, (blocks, planes, stride, new_dilation) in enumerate(stages, start=1):
             names = [f"layer{stage}_{i}" for i in range(blocks)]
             rates = [rise * (done + i) for i in range(1, blocks + 1)]
             done += blocks
-            x = block(planes, stride, stochastic_depth=rates[0], name=names[0])(x, train)
+            first = block(
+                planes,
+                stride,
+                first_dilation=dilation,
+                dilation=new_dilation,
+                stochastic_depth=rates[0],
+                name=names[0],
+            )
+            x, dilation = first(x, train), new_dilation
+            other = partial(block, planes, dilation=dilation)
             if self.scan_blocks and blocks > 1 and not self.is_initializing():
-                x = self._scan(block(planes, parent=None), stage, rates[1:], x, train)
+                x = self._scan(other(parent=None), stage, rates[1:], x, train)
             else:
                 for name, rate in zip(names[1:], rates[1:], strict=True):
-                    x = block(planes, stochastic_depth=rate, name=name)(x, train)
+                    x = other(stochastic_depth=rate, name=name)(x, train)
             outputs[f"layer{stage}"] = x
         if self.block.preactivation and self.final_norm:
             x = relu(bn(name="bn")(x))
@@ -443,6 +493,52 @@ class ResNet(nn.Module):
             outputs["logits"] = x
         return outputs if features else x
 
+    def _stem(self, x: Float[Array, "n h w c"], bn: Norm) -> Float[Array, "n oh ow co"]:
+        """What comes before the first block, with submodules of the net itself."""
+        planes = self.stem_width or self.widths[0]
+        conv: dict[str, Any] = {"dtype": self.dtype, "standardize": self.weight_standardization}
+        if self.cifar_stem:
+            x = conv3x3(planes, **conv, name="conv1")(x)
+        elif self.deep_stem:
+            # torch.nn.Sequential's numbers; 2 and 5 are ReLU.
+            half = planes // 2
+            x = conv3x3(half // 4 * 3 if self.tiered_stem else half, 2, **conv, name="conv1_0")(x)
+            x = relu(bn(name="conv1_1")(x))
+            x = conv3x3(half, **conv, name="conv1_3")(x)
+            x = relu(bn(name="conv1_4")(x))
+            x = conv3x3(planes, **conv, name="conv1_6")(x)
+        else:
+            x = Conv(planes, 7, stride=2, **conv, name="conv1")(x)
+        if not self.block.preactivation:
+            x = bn(name="bn1")(x)
+            x = relu(x)
+        if self.cifar_stem:
+            return x
+        if self.stem_pool == "conv":
+            x = conv3x3(planes, 2, **conv, name="maxpool_0")(x)
+            return relu(bn(name="maxpool_1")(x))
+        if self.antialias == "average":
+            return avg_pool(x, 2)
+        if self.antialias == "blur":
+            return blur_pool(max_pool(x, 1), 2)
+        return max_pool(x, 2, zeros=self.stem_pool == "max_of_zeros")
+
+    def _strides_and_dilations(self) -> tuple[list[int], list[int]]:
+        """Stride and dilation of each stage."""
+        replaces = [False, *(self.replace_stride_with_dilation or ())]
+        strides, dilations = [], []
+        reduction, dilation = 1 if self.cifar_stem else 4, 1
+        for stage, stride in enumerate(self.strides):
+            dilates = reduction >= (self.output_stride or math.inf)
+            if self.replace_stride_with_dilation:
+                dilates = replaces[stage]
+            if dilates:
+                dilation, stride = dilation * stride, 1
+            reduction *= stride
+            strides.append(stride)
+            dilations.append(dilation)
+        return strides, dilations
+
     def _check(self, x: jax.Array) -> None:
         """Raises ValueError where x or the fields make no sense; blocks check their own."""
         check_common(self, x)
@@ -458,6 +554,30 @@ class ResNet(nn.Module):
             raise ValueError("cifar_stem and deep_stem are two stems: set one of them")
         if self.stem_width is not None and self.stem_width < 1 + self.deep_stem:
             raise ValueError(f"stem_width={self.stem_width} is too small for a stem")
+        if self.tiered_stem and (not self.deep_stem or (self.stem_width or self.widths[0]) < 8):
+            raise ValueError("tiered_stem is for deep_stem=True, of 8 channels or more")
+        if self.stem_pool not in ("max", "max_of_zeros", "conv"):
+            raise ValueError(
+                f"stem_pool is 'max', 'max_of_zeros' or 'conv', not {self.stem_pool!r}"
+            )
+        if self.antialias not in ("none", *ANTIALIASED):
+            raise ValueError(f"antialias is 'none', 'average' or 'blur', not {self.antialias!r}")
+        if self.stem_pool != "max" and (self.cifar_stem or self.antialias != "none"):
+            raise ValueError(f"stem_pool={self.stem_pool!r} needs a pooling without antialias")
+        if self.eca and self.squeeze_excite:
+            raise ValueError("squeeze_excite and eca are two attentions: set one of them")
+        if not 0 < self.se_ratio <= 1:
+            raise ValueError(f"se_ratio is above 0 and at most 1, not {self.se_ratio}")
+        replaces = self.replace_stride_with_dilation
+        if replaces is not None and len(replaces) != len(self.strides) - 1:
+            raise ValueError(
+                "replace_stride_with_dilation has one entry a stage but the first, not "
+                f"{len(replaces)} for {len(self.strides)}"
+            )
+        if replaces is not None and self.output_stride is not None:
+            raise ValueError("output_stride and replace_stride_with_dilation: set one of them")
+        if self.output_stride is not None and self.output_stride not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"output_stride is 8, 16 or 32, not {self.output_stride}")
         if not callable(self.norm) and self.norm not in ("batch", "group"):
             raise ValueError(f"norm is 'batch', 'group' or makes a module, not {self.norm!r}")
         if self.norm != "batch" and self.bn_splits != 1:
@@ -517,86 +637,3 @@ class ResNet(nn.Module):
             for i, name in enumerate(names):
                 self.put_variable("batch_stats", name, jax.tree.map(itemgetter(i), batch_stats))
         return x
-
-
-# He et al. table 1: 224x224 images, 1000 classes.
-resnet18 = partial(ResNet, BasicBlock, layers=(2, 2, 2, 2))
-resnet34 = partial(ResNet, BasicBlock, layers=(3, 4, 6, 3))
-resnet50 = partial(ResNet, Bottleneck, layers=(3, 4, 6, 3))
-resnet101 = partial(ResNet, Bottleneck, layers=(3, 4, 23, 3))
-resnet152 = partial(ResNet, Bottleneck, layers=(3, 8, 36, 3))
-
-# Zagoruyko and Komodakis, arXiv:1605.07146, table 8: twice as wide inside of the blocks.
-wide_resnet50_2 = partial(resnet50, width_per_group=128)
-wide_resnet101_2 = partial(resnet101, width_per_group=128)
-
-# Xie et al., arXiv:1611.05431, table 1 and section 5.1.
-resnext50_32x4d = partial(resnet50, groups=32, width_per_group=4)
-resnext101_32x8d = partial(resnet101, groups=32, width_per_group=8)
-resnext101_64x4d = partial(resnet101, groups=64, width_per_group=4)
-
-# He et al., "Bag of Tricks", arXiv:1812.01187, section 4.2, as in timm.
-resnet18d = partial(resnet18, deep_stem=True, shortcut="average")
-resnet34d = partial(resnet34, deep_stem=True, shortcut="average")
-resnet50d = partial(resnet50, deep_stem=True, shortcut="average")
-resnet101d = partial(resnet101, deep_stem=True, shortcut="average")
-resnet152d = partial(resnet152, deep_stem=True, shortcut="average")
-
-# Hu et al., arXiv:1709.01507, table 2, as in timm.
-seresnet50 = partial(resnet50, squeeze_excite=True)
-seresnet101 = partial(resnet101, squeeze_excite=True)
-seresnet152 = partial(resnet152, squeeze_excite=True)
-
-# He et al. figure 3 and table 2: the same layers without shortcuts.
-plain18 = partial(resnet18, shortcut="none")
-plain34 = partial(resnet34, shortcut="none")
-
-# resnet18 ... resnet152 for 32x32 images and 10 classes.
-cifar_resnet18 = partial(resnet18, num_classes=10, cifar_stem=True)
-cifar_resnet34 = partial(resnet34, num_classes=10, cifar_stem=True)
-cifar_resnet50 = partial(resnet50, num_classes=10, cifar_stem=True)
-cifar_resnet101 = partial(resnet101, num_classes=10, cifar_stem=True)
-cifar_resnet152 = partial(resnet152, num_classes=10, cifar_stem=True)
-
-# Three stages, which papers on CIFAR have.
-_three_stages = partial(
-    ResNet, num_classes=10, widths=(16, 32, 64), strides=(1, 2, 2), cifar_stem=True
-)
-
-# He et al. section 4.2: 6n + 2 layers, shortcuts without parameters.
-_he_cifar = partial(_three_stages, BasicBlock, shortcut="identity")
-cifar_resnet8 = partial(_he_cifar, layers=(1, 1, 1))
-cifar_resnet20 = partial(_he_cifar, layers=(3, 3, 3))
-cifar_resnet32 = partial(_he_cifar, layers=(5, 5, 5))
-cifar_resnet44 = partial(_he_cifar, layers=(7, 7, 7))
-cifar_resnet56 = partial(_he_cifar, layers=(9, 9, 9))
-cifar_resnet110 = partial(_he_cifar, layers=(18, 18, 18))
-cifar_resnet1202 = partial(_he_cifar, layers=(200, 200, 200))
-cifar_plain20 = partial(cifar_resnet20, shortcut="none")
-cifar_plain32 = partial(cifar_resnet32, shortcut="none")
-cifar_plain44 = partial(cifar_resnet44, shortcut="none")
-cifar_plain56 = partial(cifar_resnet56, shortcut="none")
-
-# He et al., arXiv:1603.05027: 9n + 2 layers (section 5), and the 18 layers from above, whose
-# first block keeps the shape: its shortcut is the stem's output, not activated.
-cifar_preact_resnet18 = partial(
-    ResNet, PreActBasicBlock, layers=(2, 2, 2, 2), num_classes=10, cifar_stem=True
-)
-cifar_preact_resnet164 = partial(_three_stages, PreActBottleneck, layers=(18, 18, 18))
-cifar_preact_resnet1001 = partial(_three_stages, PreActBottleneck, layers=(111, 111, 111))
-
-# Zagoruyko and Komodakis, arXiv:1605.07146, table 1: 6n + 4 layers, widened from 16/32/64.
-_wide_cifar = partial(_three_stages, PreActBasicBlock, stem_width=16)
-cifar_wrn16_8 = partial(_wide_cifar, layers=(2, 2, 2), widths=(128, 256, 512))
-cifar_wrn28_10 = partial(_wide_cifar, layers=(4, 4, 4), widths=(160, 320, 640))
-
-# The CIFAR-10 net of the lesson "Lab10-6: ResNet" (Deep Learning Zero To All, season 2).
-lab10_resnet50 = partial(
-    ResNet,
-    Bottleneck,
-    layers=(3, 4, 6, 3),
-    num_classes=10,
-    widths=(16, 32, 64, 128),
-    strides=(1, 1, 2, 2),
-    cifar_stem=True,
-)

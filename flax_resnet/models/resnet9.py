@@ -88,6 +88,3 @@ class ResNet9(nn.Module):
             raise ValueError(f"images have 8 pixels a side or more, not {x.shape[1]}x{x.shape[2]}")
         if len(self.widths) != 4:
             raise ValueError(f"widths are those of 4 parts, not {len(self.widths)}")
-
-
-cifar_resnet9 = partial(ResNet9)

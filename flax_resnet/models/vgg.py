@@ -139,14 +139,3 @@ def adaptive_average_pool(
             )
             x = jnp.moveaxis(means, -1, axis)
     return x.astype(dtype)
-
-
-# Table 1, columns A, B, D and E.
-vgg11 = partial(VGG, layers=(1, 1, 2, 2, 2))
-vgg13 = partial(VGG, layers=(2, 2, 2, 2, 2))
-vgg16 = partial(VGG, layers=(2, 2, 3, 3, 3))
-vgg19 = partial(VGG, layers=(2, 2, 4, 4, 4))
-vgg11_bn = partial(vgg11, batch_norm=True)
-vgg13_bn = partial(vgg13, batch_norm=True)
-vgg16_bn = partial(vgg16, batch_norm=True)
-vgg19_bn = partial(vgg19, batch_norm=True)

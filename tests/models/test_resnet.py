@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import inspect
+import pickle
 import re
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
 from flax_resnet.models.layers import BatchNorm
+from flax_resnet.models.variants import VARIANTS
 from tests.models.test_fields import init
 
 # torchvision's documentation: num_params of its published weights.
@@ -103,8 +106,11 @@ def init_shapes(model, shape=(1, 32, 32, 3)):
     return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False))
 
 
-def test_every_model_has_its_count_here():
-    assert sorted(PARAMETERS) == sorted(fr.list_models())
+def test_every_model_has_its_count_here_or_is_one_of_timm():
+    """Those have theirs in test_timm.py."""
+    others = [name for name in fr.list_models() if name not in PARAMETERS]
+    assert set(PARAMETERS) <= set(fr.list_models())
+    assert all(VARIANTS[name].hub_id() or name in ("seresnet18", "seresnet34") for name in others)
 
 
 @functools.cache
@@ -117,13 +123,18 @@ def variables_of(name):
 def test_parameter_count(name):
     params = variables_of(name)["params"]
     assert sum(p.size for p in jax.tree.leaves(params)) == PARAMETERS[name]
+    assert float(f"{PARAMETERS[name] / 1e6:.4g}") == VARIANTS[name].parameters
 
 
 def test_the_table_of_models_is_up_to_date():
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \|", text, re.MULTILINE)
-    assert {name: int(count.replace(",", "")) for name, count in rows} == PARAMETERS
-    assert [name for name, _ in rows] == fr.list_models()
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| (\d+) \|", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == fr.list_models()
+    for name, parameters, giga, pixels in rows:
+        count, variant = int(parameters.replace(",", "")), VARIANTS[name]
+        assert PARAMETERS.get(name, count) == count
+        assert float(f"{count / 1e6:.4g}") == variant.parameters
+        assert (float(giga), int(pixels)) == (variant.multiply_adds, variant.pixels)
 
 
 @pytest.mark.parametrize("name", MILLIONS)
@@ -144,9 +155,36 @@ def test_every_model_gives_float32_logits(name, dtype):
     assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_constructor_is_public_under_its_name(name):
-    assert getattr(fr, name)() == fr.create_model(name)
+@pytest.mark.parametrize("name", fr.list_models())
+def test_constructor_is_a_public_function_under_its_name(name):
+    make = getattr(fr, name)
+    assert make() == fr.create_model(name)
+    assert (make.__name__, inspect.isfunction(make), pickle.loads(pickle.dumps(make))) == (
+        name,
+        True,
+        make,
+    )
+    variant = VARIANTS[name]
+    for said in (variant.paper, f"{variant.parameters:g} million", variant.hub_id() or "none"):
+        assert said in make.__doc__ or variant.weights in make.__doc__
+    for field, parameter in inspect.signature(make).parameters.items():
+        if field != "name":
+            assert getattr(make(), field) == parameter.default
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("num_class", r"did you mean num_classes\?"),
+        ("pretrained", r'write fr\.create_model\("resnet26d", weights="timm/resnet26d\.bt_in1k"\)'),
+        ("block", r"write fr\.resnet26d\(\)\.clone\(block=\.\.\.\)"),
+        ("colour", r"help\(fr\.resnet26d\) lists its fields"),
+    ],
+)
+def test_field_that_is_none(field, hint):
+    for make in (fr.resnet26d, partial(fr.create_model, "resnet26d")):
+        with pytest.raises(TypeError, match=f"^resnet26d has no field '{field}': {hint}$"):
+            make(**{field: 1})
 
 
 # (height and width, channels) of the lesson's net, of torchvision's, and of He et al.'s.
