@@ -7,6 +7,7 @@ A row has the name, the class or the net whose fields are the start, millions of
 
 import difflib
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -109,21 +110,20 @@ def _docstring(entry: Variant) -> str:
     differing = ", ".join(
         f"{name}={getattr(value, '__name__', repr(value))}" for name, value in entry.fields.items()
     )
-    weights = f"Published weights that fit: {entry.weights or 'none that we know of'}."
+    weights = f"{entry.weights or 'none that we know of'}."
     if hub_id := entry.hub_id():
-        weights = (
-            f"Published weights that fit: {entry.weights.replace(':', ', as ')}:\n"
-            f'`fr.create_model("{entry.name}", weights="{hub_id}")`.'
-        )
-    return (
-        f"{entry.paper}.\n\n"
+        others = "torchvision's and " if "torchvision" in entry.weights else ""
+        weights = f'{others}timm\'s, as fr.create_model("{entry.name}", weights="{hub_id}").'
+    model = entry.model.__name__
+    parts = [
+        f"{entry.paper}.",
         f"{entry.parameters:g} million parameters; {entry.multiply_adds:g} * 10^9 multiply-adds "
-        f"for an image of {entry.pixels}x{entry.pixels} pixels.\n{weights}\n\n"
-        f"Args: the fields of `{entry.model.__name__}`. Here "
-        f"{differing or 'all have their defaults'}.\n\n"
-        "Raises:\n"
-        f"  TypeError: if `{entry.model.__name__}` has no such field."
-    )
+        f"for an image of {entry.pixels}x{entry.pixels} pixels.",
+        f"Published weights that fit: {weights}",
+        f"Args: the fields of `{model}`, by name. {differing or 'All have their defaults'}.",
+        f"Raises:\n  TypeError: if `{model}` has no such field.",
+    ]
+    return "\n\n".join(part if "\n" in part else textwrap.fill(part, 90) for part in parts)
 
 
 def _no_such_field(entry: Variant, field: str, signature: inspect.Signature) -> str:

@@ -394,6 +394,18 @@ def test_group_norm_computes_in_float32(rng):
         ({"width_per_group": 128}, "width_per_group=128 .* BasicBlock"),
         ({"block": fr.Bottleneck, "width_per_group": 1}, "width_per_group=1 leave no channels"),
         ({"stem_width": 0}, "stem_width"),
+        ({"tiered_stem": True}, "tiered_stem is for deep_stem=True"),
+        ({"stem_pool": "mean"}, "stem_pool is 'max', 'max_of_zeros' or 'conv', not 'mean'"),
+        ({"stem_pool": "conv"}, "stem_pool='conv' needs a pooling"),
+        ({"antialias": "sinc"}, "antialias is 'none', 'average' or 'blur', not 'sinc'"),
+        ({"squeeze_excite": True, "eca": True}, "squeeze_excite and eca are two attentions"),
+        ({"squeeze_excite": True, "se_ratio": 0.0}, "se_ratio is above 0 and at most 1, not 0.0"),
+        ({"replace_stride_with_dilation": (True,) * 3}, "one entry a stage but the first, not 3"),
+        ({"output_stride": 5}, "output_stride is 8, 16 or 32, not 5"),
+        (
+            {"output_stride": 8, "replace_stride_with_dilation": (True,)},
+            "output_stride and replace_stride_with_dilation: set one of them",
+        ),
         ({"stem_width": 1, "cifar_stem": False, "deep_stem": True}, "stem_width=1"),
     ],
 )

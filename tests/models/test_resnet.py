@@ -165,8 +165,10 @@ def test_constructor_is_a_public_function_under_its_name(name):
         make,
     )
     variant = VARIANTS[name]
-    for said in (variant.paper, f"{variant.parameters:g} million", variant.hub_id() or "none"):
-        assert said in make.__doc__ or variant.weights in make.__doc__
+    text = " ".join(make.__doc__.split())
+    sizes = (f"{variant.parameters:g} million", f"{variant.multiply_adds:g} * 10^9")
+    for said in (variant.paper, *sizes, variant.hub_id() or variant.weights or "none"):
+        assert said in text
     for field, parameter in inspect.signature(make).parameters.items():
         if field != "name":
             assert getattr(make(), field) == parameter.default
@@ -182,9 +184,10 @@ def test_constructor_is_a_public_function_under_its_name(name):
     ],
 )
 def test_field_that_is_none(field, hint):
+    fields: dict[str, Any] = {field: 1}
     for make in (fr.resnet26d, partial(fr.create_model, "resnet26d")):
         with pytest.raises(TypeError, match=f"^resnet26d has no field '{field}': {hint}$"):
-            make(**{field: 1})
+            make(**fields)
 
 
 # (height and width, channels) of the lesson's net, of torchvision's, and of He et al.'s.

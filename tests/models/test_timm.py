@@ -1,7 +1,10 @@
 """Our nets beside timm's of the same names: entries, shapes and logits."""
 
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
 from flax_resnet.models.dialects import in_our_names
+from flax_resnet.models.layers import Conv, EfficientChannelAttention, blur_pool, max_pool
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.models.variants import VARIANTS
@@ -76,6 +80,53 @@ def assert_same_logits(theirs, ours) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits(name):
     assert_same_logits(*small(name))
+
+
+LAYERS = {
+    "ECA": (EfficientChannelAttention(), lambda: timm.layers.EcaModule(48)),
+    "standardized": (
+        Conv(16, 3, stride=2, standardize=True),
+        lambda: timm.layers.StdConv2d(48, 16, 3, stride=2, eps=1e-8),
+    ),
+    "dilated": (
+        Conv(16, 3, dilation=2, groups=4),
+        lambda: torch.nn.Conv2d(48, 16, 3, padding=2, dilation=2, groups=4, bias=False),
+    ),
+    "blur": (partial(blur_pool, stride=2), lambda: timm.layers.BlurPool2d(48, stride=2)),
+    "zeros around": (
+        partial(max_pool, stride=2, zeros=True),
+        lambda: torch.nn.Sequential(torch.nn.ConstantPad2d(1, 0.0), torch.nn.MaxPool2d(3, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_a_layer(name):
+    layer, make = LAYERS[name]
+    theirs, rng = make().double(), np.random.default_rng(0)
+    x = rng.normal(size=(2, 11, 14, 48)).astype(np.float32)
+    images = torch.from_numpy(x.transpose(0, 3, 1, 2)).double().requires_grad_()
+    expected = theirs(images)
+    weights = rng.normal(size=expected.shape).astype(np.float32)
+    (expected * torch.from_numpy(weights)).sum().backward()
+
+    params, gradient = {}, np.zeros(0)
+    for value in theirs.parameters():  # one kernel at most
+        axes = (2, 3, 1, 0) if value.ndim == 4 else (2, 1, 0)
+        params["kernel"] = value.detach().numpy().transpose(axes).astype(np.float32)
+        gradient = value.grad.numpy().transpose(axes)
+
+    def apply(params, x):
+        tree = {"conv": params} if name == "ECA" else params
+        return layer.apply({"params": tree}, x) if isinstance(layer, nn.Module) else layer(x)
+
+    out, pull = jax.vjp(apply, params, jnp.asarray(x))
+    ours, by_x = pull(jnp.asarray(weights.transpose(0, 2, 3, 1)))
+    np.testing.assert_allclose(out, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4)
+    np.testing.assert_allclose(by_x, images.grad.numpy().transpose(0, 2, 3, 1), atol=1e-4)
+    if params:
+        error = np.linalg.norm(ours["kernel"] - gradient)
+        assert error <= 1e-4 * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("name", NAMES)
