@@ -76,7 +76,7 @@ def rows() -> Iterator[str]:
             differences[name] = difference_from_timm(timm, name)
             gc.collect()
         yield row(variant, differences.get(name))
-    if differences:
+    if timm and differences:
         largest = max(differences, key=lambda name: differences[name])
         yield (
             f"\n{len(differences)} names are those of timm {timm.__version__} too; the largest "

@@ -102,8 +102,10 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_a_layer(name):
+    layer: Any
     layer, make = LAYERS[name]
-    theirs, rng = make().double(), np.random.default_rng(0)
+    theirs: Any = make().double()
+    rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 11, 14, 48)).astype(np.float32)
     images = torch.from_numpy(x.transpose(0, 3, 1, 2)).double().requires_grad_()
     expected = theirs(images)
@@ -116,10 +118,11 @@ def test_gradients_of_a_layer(name):
         params["kernel"] = value.detach().numpy().transpose(axes).astype(np.float32)
         gradient = value.grad.numpy().transpose(axes)
 
-    def apply(params, x):
+    def apply(params, x) -> Any:
         tree = {"conv": params} if name == "ECA" else params
         return layer.apply({"params": tree}, x) if isinstance(layer, nn.Module) else layer(x)
 
+    out: Any
     out, pull = jax.vjp(apply, params, jnp.asarray(x))
     ours, by_x = pull(jnp.asarray(weights.transpose(0, 2, 3, 1)))
     np.testing.assert_allclose(out, expected.detach().numpy().transpose(0, 2, 3, 1), atol=1e-4)
