@@ -149,7 +149,7 @@ def test_export(tutorial, digits_dir):
 
 
 def test_own_pictures(folder, digits_dir, rng):
-    for split, count in (("train", 20), ("test", 5)):
+    for split, count in (("train", 20), ("val", 5)):
         for name in ("cat", "dog"):
             place = folder / "pictures" / split / name
             place.mkdir(parents=True)
@@ -157,17 +157,18 @@ def test_own_pictures(folder, digits_dir, rng):
                 pixels = rng.integers(0, 256, (*rng.integers(40, 90, 2), 3), np.uint8)
                 Image.fromarray(pixels).save(place / f"{i}.{'jpg' if i % 2 else 'png'}")
     clear = Image.new("RGBA", (70, 70), (0, 0, 0, 0))
-    clear.save(folder / "pictures" / "test" / "dog" / "0.png")
+    clear.save(folder / "pictures" / "val" / "dog" / "0.png")
+    clear.save(folder / "new.jpg", "png")
     (folder / "pictures.py").write_text(*blocks("how-to/own-data.md", "python"))
-    prepare, train = blocks("how-to/own-data.md", "sh")
-    run(prepare, folder, digits_dir)
-    result = run(
-        train,
-        folder,
-        digits_dir,
-        overrides="--config.model=cifar_resnet8 --config.batch_size=8 --config.num_epochs=1",
-    )
+    of_folder, predict, prepare, prepared = blocks("how-to/own-data.md", "sh")
+    small = "--config.model=cifar_resnet8 --config.batch_size=8 --config.num_epochs=1"
+    smaller = "--config.image_size=32 --config.warmup_epochs=0.5 --config.stream_workers=1"
+    result = run(of_folder, folder, digits_dir, overrides=f"{small} {smaller}")
     assert "40 training and 10 test images" in result.stderr
-    test = fr.load_dataset("pictures", "test", str(folder / "data"))
+    assert re.match(r"new.jpg\n +\d+\.\d+%  (cat|dog)\n", run(predict, folder, digits_dir).stdout)
+    run(prepare, folder, digits_dir)
+    result = run(prepared, folder, digits_dir, overrides=f"{small}")
+    assert "40 training and 10 test images" in result.stderr
+    test = fr.load_dataset("pictures", "val", str(folder / "data"))
     assert test.image_shape == (64, 64, 3)
     assert (test.images == 255).all((1, 2, 3)).sum() == 1  # what is transparent

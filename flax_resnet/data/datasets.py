@@ -552,7 +552,10 @@ def _check_labels(builder: _Builder, labels: np.ndarray, num_classes: int) -> No
 
 def _check_sizes(builder: _Builder, shapes: set[tuple[int, ...]]) -> None:
     if len(shapes) != 1:
-        raise InputError(f"the images of {builder.name} differ in size: {sorted(shapes)[:3]} ...")
+        raise InputError(
+            f"the images of {builder.name} differ in size: {sorted(shapes)[:3]} ...; "
+            "--config.image_size=224 --config.crop=resized brings them to one"
+        )
 
 
 class _Decoder:

@@ -95,7 +95,12 @@ def open_data(
     for what in ("image_shape", "class_names"):
         ours, theirs = getattr(train, what), getattr(test, what)
         if ours != theirs:
-            raise InputError(f"{what} of {name}: {ours} in training, {theirs} in the test split")
+            hint = ""
+            if what == "image_shape" and own is None:
+                hint = "; --config.image_size=224 --config.crop=resized brings them to one"
+            raise InputError(
+                f"{what} of {name}: {ours} in training, {theirs} in the test split{hint}"
+            )
 
     crops = isinstance(train, Photos) and train.random_crops
     if not crops and _fits(config, mesh, train, test):
@@ -144,6 +149,11 @@ def open_split(
         )
         if config.image_size is None:
             return pictures, facts
+        if not pictures.can_be_streamed:
+            raise InputError(
+                f"image_size needs ArrayRecord files, and those of {config.dataset} are TFRecord: "
+                "prepare it with file_format='array_record'"
+            )
         channels = pictures.image_shape[2]
     crops = training and config.crop == "resized"
     return Photos(pictures, sizing(config, channels), random_crops=crops), facts

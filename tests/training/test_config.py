@@ -60,6 +60,10 @@ FACTS = {
     "digits_resnet8": {"model": "cifar_resnet8", "dataset": "digits", "horizontal_flip": False},
     "fashion_mnist": {"model": "cifar_resnet20", "dataset": "fashion_mnist",
                       "horizontal_flip": True, "schedule": "onecycle"},
+    "photos": {"model": "resnet18", "crop": "resized", "image_size": 128, "normalize": "auto"},
+    "imagenet_resnet50": {"model": "resnet50", "num_epochs": 90, "learning_rate": 0.1,
+                          "batch_size": 256, "warmup_epochs": 5.0, "weight_decay": 1e-4,
+                          "decay_bn_and_bias": False, "crop": "resized", "image_size": 224},
     "finetune": {"init_from": "", "freeze": ("conv1", "bn1", "layer1"), "learning_rate": 0.01},
 }  # fmt: skip
 

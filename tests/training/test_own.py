@@ -454,7 +454,8 @@ def test_memory_is_kept_by_one_line_of_a_script(tmp_path):
         "if __name__ == '__main__':\n"
         "    keep_memory()\n"
         "    import jax\n"
-        "    print(os.environ['GLIBC_TUNABLES'], jax.config.values['jax_cpu_enable_async_dispatch'])\n"
+        "    values = jax.config.values\n"
+        "    print(os.environ['GLIBC_TUNABLES'], values['jax_cpu_enable_async_dispatch'])\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     run = partial(subprocess.run, capture_output=True, text=True, env=environment, check=True)

@@ -8,14 +8,17 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 import flax_resnet as fr
 from flax_resnet import evaluate, predict
-from flax_resnet.data import channel_statistics
+from flax_resnet.data import Sizing, channel_statistics
+from flax_resnet.data.pictures import read_for_evaluation
 from flax_resnet.training import check_config
 from flax_resnet.training.data import open_split
 from flax_resnet.training.loop import Loop
+from tests.data.test_pictures import draw, encoded
 from tests.training.test_train import read_metrics, steps_kept, train_until, without_timing
 
 IMAGENET = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
@@ -194,3 +197,45 @@ def test_what_cannot_be_is_refused(pictures, changes, message, tmp_path):
     with pytest.raises(fr.InputError, match=message):
         fr.train(config_of(pictures, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Data sets of TFDS whose images differ in size.
+
+
+class Mixed(tfds.core.GeneratorBasedBuilder):
+    """Pictures of different sizes, as those of imagenet2012 or food101."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["red", "blue"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split):
+        for i in range(24):
+            image = draw(20 + i, 40 - i, seed=i + 100 * (split == "test"))
+            yield i, {"image": image, "label": i % 2}
+
+
+@pytest.mark.parametrize("crop", ["padded", "resized"])
+def test_images_of_tfds_that_differ_in_size(tmp_path, crop):
+    data_dir = tmp_path / "data"
+    Mixed(data_dir=str(data_dir)).download_and_prepare(file_format="array_record")
+    config = config_of(None, dataset="mixed", data_dir=str(data_dir), crop=crop, crop_padding=1)
+    fr.train(config | {"num_epochs": 1}, tmp_path / "run")
+    split, _ = open_split(check_config(config), "test[10:13]")
+    images, labels = split.read(np.arange(3))
+    files, _ = split._pictures.files(np.arange(3))  # pyright: ignore[reportAttributeAccessIssue]
+    for image, file in zip(images, files, strict=True):
+        with Image.open(file) as decoded:
+            expected = read_for_evaluation(encoded(decoded), Sizing(16, 18))
+        np.testing.assert_array_equal(image, expected)
+    assert set(labels) <= {0, 1}
+    with pytest.raises(fr.InputError, match=r"image_shape of mixed: .*; --config.image_size=224"):
+        fr.train(config | {"image_size": None, "crop": "padded"}, tmp_path / "other")
