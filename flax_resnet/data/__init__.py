@@ -3,6 +3,7 @@
 from flax_resnet.data.augment import augment, normalize
 from flax_resnet.data.batches import EvalBatches, TrainBatches, epoch_order, stream
 from flax_resnet.data.datasets import Dataset, Source, channel_statistics, load_dataset
+from flax_resnet.data.erasing import erase
 from flax_resnet.data.examples import Examples, ExampleSource
 from flax_resnet.data.folders import Folder
 from flax_resnet.data.mixing import mix
@@ -22,6 +23,7 @@ __all__ = [
     "augment",
     "channel_statistics",
     "epoch_order",
+    "erase",
     "load_dataset",
     "mix",
     "normalize",

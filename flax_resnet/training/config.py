@@ -67,6 +67,8 @@ class Config:
     horizontal_flip: bool = True
     # Pixels a side of a square hidden at a random place of every training image; 0 for none.
     cutout: int = 0
+    # Share of the training images that lose a rectangle (Zhong et al., arXiv:1708.04896).
+    random_erasing: float = 0.0
     # Images mixed with their neighbours in the batch, the targets alike; 0 for none, else the
     # parameter alpha of the Beta distribution of their shares. mixup (Zhang et al.,
     # arXiv:1710.09412) takes means of two images, cutmix (Yun et al., arXiv:1905.04899) puts a
@@ -181,6 +183,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stream_workers": (lambda v: v >= 0, "at least 0"),
     "crop_padding": (lambda v: v >= 0, "at least 0"),
     "cutout": (lambda v: v >= 0, "at least 0"),
+    "random_erasing": (lambda v: 0 <= v <= 1, "from 0 to 1"),
     "mixup": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "cutmix": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
     "batch_size": (lambda v: v >= 1, "at least 1"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from flax_resnet.data import augment, mix, normalize
+from flax_resnet.data import augment, erase, mix, normalize
 from flax_resnet.data.augment import normalize_values
 from flax_resnet.training.mesh import by_example
 from flax_resnet.training.plan import Plan
@@ -38,6 +38,7 @@ class Keys(NamedTuple):
     augmentation: jax.Array
     dropout: jax.Array
     mixing: jax.Array
+    erasing: jax.Array
 
 
 def random_keys(seed: int, rollbacks: int = 0) -> Keys:
@@ -48,7 +49,7 @@ def random_keys(seed: int, rollbacks: int = 0) -> Keys:
       rollbacks: how often it has gone back; each changes all but the first.
     """
     init, augmentation = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
-    others = [augmentation, jax.random.fold_in(init, 1), jax.random.fold_in(init, 2)]
+    others = [augmentation, *(jax.random.fold_in(init, i) for i in (1, 2, 3))]
     if rollbacks:
         others = [jax.random.fold_in(key, rollbacks) for key in others]
     return Keys(init, *others)
@@ -102,6 +103,9 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
         images = augment_in_epoch(batch["image"], index, epoch)
         images = normalize_values(images, plan.data.mean, plan.data.std)
         batch = {"image": images, "label": batch["label"]}
+        if config.random_erasing:
+            of_each = _key_of_each(jax.random.fold_in(keys.erasing, epoch), index)
+            batch["image"] = erase(batch["image"], of_each, config.random_erasing)
         if config.mixup or config.cutmix:
             image, other_label, share = mix(
                 batch["image"],
