@@ -18,7 +18,7 @@ From CIFAR-10 to CIFAR-100, all layers; TFDS needs TensorFlow to prepare CIFAR-1
         --config.horizontal_flip=True --config.crop_padding=4 --config.freeze='()' \
         --config.batch_size=128
 
-`init_from` also takes a .safetensors or .pth file with PyTorch's names, and the id of a Hugging
+`init_from` also takes a file of weights as they are published, and the id of a Hugging
 Face Hub repository.
 """
 

@@ -81,8 +81,8 @@ class Config:
     model_fields: Mapping[str, Any] = field(default_factory=dict)
     # Type of the compute; "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # The weights to start from: a run's folder, of which the best checkpoint counts, a
-    # .safetensors, .pth or .pt file, or the id of a Hugging Face Hub repository. A classifier
+    # The weights to start from: a run's folder, of which the best checkpoint counts, a file as
+    # PyTorch or safetensors write it, or the id of a Hugging Face Hub repository. A classifier
     # of another number of classes starts anew. None for random weights; "" is refused, for
     # a recipe that has to be given some. It is read before the first step only: from there on
     # the run's own checkpoints hold everything.

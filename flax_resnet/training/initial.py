@@ -37,7 +37,7 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
     if not source:
         raise InputError(
             "name the weights to start from: --config.init_from=SOURCE, the folder of a run, "
-            "a .safetensors or .pth file, or the id of a Hugging Face Hub repository"
+            "a file of weights, or the id of a Hugging Face Hub repository"
         )
     if os.path.isdir(source):
         best = choose_checkpoint(Path(source), "best")
