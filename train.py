@@ -12,6 +12,7 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import runpy
@@ -126,8 +127,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
     try:
         # By its file: its package imports JAX, for nothing where the program starts again.
-        memory = runpy.run_path(str(Path(__file__).parent / "flax_resnet" / "memory.py"))
-        memory["restart_with_memory_kept"]()
+        package = importlib.util.find_spec("flax_resnet")
+        if package and package.origin:
+            memory = runpy.run_path(str(Path(package.origin).with_name("memory.py")))
+            memory["restart_with_memory_kept"]()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
         end_by_signal(128 + signal.SIGINT)
