@@ -222,7 +222,9 @@ def _define(
         return a.update(shape=shape, sharding=sharding, weak_type=False)
 
     def with_xla(a, b, *, geometry):
-        return xla(a, b, geometry)
+        # Lowering has forgotten the mesh, to which what is made on the way belongs too.
+        with jax.sharding.use_abstract_mesh(jax.typeof(a).sharding.mesh):
+            return xla(a, b, geometry)
 
     def with_ours(a, b, *, geometry):
         result = jax.ShapeDtypeStruct(result_shape(a.shape, b.shape, geometry), a.dtype)

@@ -1,5 +1,6 @@
 """Our convolution: PyTorch's numbers in float64, derivatives of every kind, and its fallbacks."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_resnet.models import native
 from flax_resnet.models.convolution import convolution, grouped_convolution
@@ -152,6 +153,37 @@ def test_in_shard_map(operands, devices):
     assert_close(out, xlas(*operands))
     assert_close(by_x, gradients(xlas)(*operands)[0])
     assert_close(by_kernel, gradients(xlas)(*operands)[1])
+
+
+@pytest.mark.parametrize("set_mesh", [False, True])
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+def test_on_a_mesh_of_any_kind(axis_type, manual, set_mesh, operands):
+    mesh = jax.make_mesh((2,), ("data",), (axis_type,), devices=jax.devices()[:2])
+    by_example, everywhere = PartitionSpec("data"), PartitionSpec()
+    placed = [
+        jax.device_put(array, NamedSharding(mesh, spec))
+        for array, spec in zip(operands, (by_example, everywhere), strict=True)
+    ]
+
+    divided = ours
+    if manual:
+        specs = (by_example, everywhere)
+        divided = jax.shard_map(ours, mesh=mesh, in_specs=specs, out_specs=by_example)
+
+    def with_derivatives(convolve):
+        def sum_of_gradients(*primals):
+            return sum(map(jnp.sum, gradients(convolve)(*primals)))
+
+        return lambda *primals: (convolve(*primals), gradients(sum_of_gradients)(*primals))
+
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        of_ours = jax.jit(with_derivatives(divided))
+        out, second = of_ours(*placed)
+        for platform in ("cuda", "tpu"):
+            of_ours.trace(*placed).lower(lowering_platforms=(platform,))
+    assert out.sharding.spec[0] == "data"
+    assert_close((out, second), with_derivatives(xlas)(*operands))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
