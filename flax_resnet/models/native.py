@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -73,24 +74,38 @@ def _library() -> ctypes.CDLL:
     name = f"convolution-{key.hexdigest()[:16]}.so"
     folder = cache_folder("native")
     kept = folder / name if folder else None
-    if kept:
-        with contextlib.suppress(OSError):  # not there, damaged, or nothing there may be run
+    if kept and _is_our_own(kept.parent) and _is_our_own(kept):
+        with contextlib.suppress(OSError):  # damaged, or nothing there may be run
             return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / name
         _run(*compiler, *_FLAGS, "-isystem", jax.ffi.include_dir(), "-o", str(built), str(_SOURCE))
         if kept:
-            with contextlib.suppress(OSError):  # no room, or nothing there may be run
+            # No room, a folder of somebody else's, or nothing there may be run.
+            with contextlib.suppress(OSError):
                 _copy(built, kept)
                 return ctypes.CDLL(str(kept))
         return ctypes.CDLL(str(built))
 
 
+def _is_our_own(path: Path) -> bool:
+    """Whether this user alone can have written what lies there, as ssh asks of its files."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _copy(built: Path, kept: Path) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
+    if kept.parent.stat().st_uid != os.geteuid():
+        raise PermissionError(f"{kept.parent} belongs to another user")
+    kept.parent.chmod(0o700)  # whatever the umask
     # Whole before it has its name: another process may be looking for it.
     with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as scratch:
         copy = Path(shutil.copy(built, scratch))
+        copy.chmod(0o600)
         with copy.open("rb+") as file:
             os.fsync(file.fileno())
         copy.replace(kept)

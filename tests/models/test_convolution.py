@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -291,7 +292,22 @@ def test_without_a_compiler_xla_does_it(compiler, user_cache):
     assert result.stderr.count("could not be compiled or loaded") == 1
 
 
-def test_compiled_once(user_cache, monkeypatch):
+@pytest.fixture
+def at_once(monkeypatch):
+    """To compile convolution.cc is to copy what this session has compiled of it."""
+    compiled = Path(native._library()._name).read_bytes()
+    run = native._run
+
+    def copy(*command):
+        if "-o" not in command:
+            return run(*command)
+        Path(command[command.index("-o") + 1]).write_bytes(compiled)
+        return b""
+
+    monkeypatch.setattr(native, "_run", copy)
+
+
+def test_compiled_once(at_once, user_cache, monkeypatch):
     monkeypatch.setenv("CXX", f"env {os.environ.get('CXX', 'c++')}")  # as with a ccache before it
     library = Path(native._library()._name)
     assert library.is_relative_to(user_cache)
@@ -301,7 +317,7 @@ def test_compiled_once(user_cache, monkeypatch):
     assert library.stat().st_mtime_ns == written
 
 
-def test_damaged_library_is_compiled_anew(user_cache):
+def test_damaged_library_is_compiled_anew(at_once, user_cache):
     folder = user_cache / "flax_resnet" / "native"
     folder.mkdir(parents=True)
     places: list[Path] = []
@@ -313,8 +329,30 @@ def test_damaged_library_is_compiled_anew(user_cache):
     assert places[0].stat().st_size > 0
 
 
+def test_what_others_could_have_written_is_not_run(at_once, user_cache, monkeypatch):
+    before = os.umask(0)
+    try:
+        library = Path(native._library()._name)
+    finally:
+        os.umask(before)
+    folder = library.parent
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, library)] == [0o700, 0o600]
+
+    for opened, mode in ((folder, 0o777), (folder, 0o720), (library, 0o602), (library, 0o660)):
+        library.write_bytes(library.read_bytes())
+        written = library.stat().st_mtime_ns
+        opened.chmod(mode)
+        assert Path(native._library()._name) == library
+        assert library.stat().st_mtime_ns > written
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, library)] == [0o700, 0o600]
+
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert not Path(native._library()._name).is_relative_to(user_cache)
+
+
 @pytest.mark.parametrize("problem", ["no_home", "a file in the way", "no room"])
-def test_compiled_where_there_is_no_cache(problem, user_cache, monkeypatch, request):
+def test_compiled_where_there_is_no_cache(problem, at_once, user_cache, monkeypatch, request):
     def no_room(*_):
         raise OSError(errno.ENOSPC, "no space left on device")
 
