@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flax_resnet.models.convolution import convolution, grouped_convolution
+from flax_resnet.models.pooling import max_pool2d
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -313,11 +314,9 @@ def max_pool(
       stride: pixels from one window to the next.
       zeros: whether the pixels around the image are zeros that count, as in BiT.
     """
-    padding = ((1, 1), (1, 1))
     if zeros:
-        x, padding = jnp.pad(x, ((0, 0), *padding, (0, 0))), ((0, 0), (0, 0))
-    # Flax takes what its annotation of padding does not allow.
-    return nn.max_pool(x, (3, 3), (stride, stride), padding=padding)  # pyright: ignore[reportArgumentType]
+        return max_pool2d(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, stride)
+    return max_pool2d(x, 3, stride, padding=1)
 
 
 ANTIALIASED: dict[str, Callable[[jax.Array, int], jax.Array]] = {

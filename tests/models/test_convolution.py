@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import flax_resnet as fr
 from flax_resnet.models import native
 from flax_resnet.models.convolution import convolution, grouped_convolution
 
@@ -185,6 +187,43 @@ def test_on_a_mesh_of_any_kind(axis_type, manual, set_mesh, operands):
             of_ours.trace(*placed).lower(lowering_platforms=(platform,))
     assert out.sharding.spec[0] == "data"
     assert_close((out, second), with_derivatives(xlas)(*operands))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        fr.ResNet(fr.BasicBlock, (1, 1), widths=(8, 16), strides=(1, 2), shortcut="average"),
+        fr.ResNet(fr.Bottleneck, (1, 2), widths=(8, 16), strides=(1, 2), squeeze_excite=True),
+        fr.ResNet(fr.Bottleneck, (1,), widths=(64,), strides=(2,), groups=8, width_per_group=4),
+        fr.ResNet(fr.PreActBasicBlock, (1,), widths=(8,), strides=(1,), shortcut="identity"),
+        fr.ResNet(fr.BasicBlock, (3,), widths=(8,), strides=(1,), scan_blocks=True),
+        fr.ResNet(fr.BasicBlock, (1,), widths=(8,), strides=(1,), norm="group"),
+        fr.cifar_resnet9(),
+        fr.vgg11_bn(),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_models_on_a_mesh_with_explicit_axes(model):
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    images = jax.ShapeDtypeStruct(
+        (4, 32, 32, 3), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
+    variables = jax.tree.map(
+        lambda a: a.update(sharding=NamedSharding(mesh, PartitionSpec())), shapes
+    )
+
+    def loss(params, rest, x):
+        variables = {"params": params, **rest}
+        logits, _ = model.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)}
+        )
+        return jnp.mean(logits**2)
+
+    params = variables.pop("params")
+    traced = jax.jit(jax.grad(loss)).trace(params, variables, images)
+    for platform in ("cpu", "cuda", "tpu"):
+        traced.lower(lowering_platforms=(platform,))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -156,18 +156,24 @@ def assert_parity(model, twin, shape: tuple[int, ...]) -> None:
             return
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-@pytest.mark.parametrize("size", [(6, 6), (7, 4)])
+@pytest.mark.parametrize("window", [(1,), (2,), (3,), (3, 2, 1), (3, 1, 1), (2, 3), (5, 3, 2)])
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_max_pool_agrees_with_torch(window, size, dtype, rng):
     images = rng.integers(3, size=(2, *size, 8)).astype(np.float32)  # full of ties
     images[1, 0, 0, 0] = np.nan
     x = to_nchw(images).to(getattr(torch, dtype)).requires_grad_()
-    expected = torch.nn.functional.max_pool2d(x, window)
-    gradient = torch.rand_like(expected)
+    expected = torch.nn.functional.max_pool2d(x, *window)
+    gradient = torch.randint_like(expected, 100)
     expected.backward(gradient)
-    ours, backward = jax.vjp(partial(max_pool2d, size=window), jnp.asarray(images, dtype))
-    (by_images,) = backward(jnp.asarray(to_nhwc(gradient.float()), dtype))
+
+    @jax.jit
+    def value_and_gradient(x, g):
+        out, backward = jax.vjp(lambda x: max_pool2d(x, *window), x)
+        return out, backward(g)[0]
+
+    g = jnp.asarray(to_nhwc(gradient.float()), dtype)
+    ours, by_images = value_and_gradient(jnp.asarray(images, dtype), g)
     np.testing.assert_array_equal(np.asarray(ours, np.float32), to_nhwc(expected.float()))
     np.testing.assert_array_equal(np.asarray(by_images, np.float32)[0], to_nhwc(x.grad.float())[0])
 
