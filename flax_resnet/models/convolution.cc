@@ -20,6 +20,7 @@ namespace {
 
 // Sizes, chosen by measurement, of what should stay in the caches of a core.
 constexpr Index kImageBytes = 256 << 10;   // padded images at a time
+constexpr Index kStripPixels = 64;         // of an image at least
 constexpr Index kKernelBytes = 128 << 10;  // a block's taps at a time
 constexpr Index kPixels = 512;             // output pixels summed over at a time
 constexpr Index kTiles = 8;                // tiles of (tap, ci) that share a block of b
@@ -38,85 +39,170 @@ Shape ShapeOf(const Buffer& b) {
   return {d[0], d[1], d[2], d[3]};
 }
 
-// Images first ... last - 1 with zeros around them.
-void Pad(const float* x, Shape s, Border border, Index first, Index last, float* out) {
-  const Index row = s.w * s.c, left = border.left * s.c, right = border.right * s.c;
-  const Index wide = left + row + right;
-  auto zero = [&](Index count) {
-    std::memset(out, 0, count * 4);
-    out += count;
-  };
-  for (Index n = first; n < last; ++n) {
-    zero(border.top * wide);
-    for (Index y = 0; y < s.h; ++y) {
-      zero(left);
-      std::memcpy(out, x + (n * s.h + y) * row, row * 4);
-      out += row;
-      zero(right);
-    }
-    zero(border.bottom * wide);
+// out[k][lane] = the k-th input channel of the output channel first + lane.
+void Spread(const float* pixel, const Channels& channels, Index first, float* out) {
+  const Index depth = channels.depth;
+#if !defined(__clang__)
+  // A vector holds whole groups, of as many channels in as out: a permutation of it.
+  if (depth == channels.out_depth && kLanes % depth == 0) {
+    typedef int Lanes __attribute__((vector_size(kLanes * 4)));
+    const Vector v = At(pixel + first);
+    Lanes from;
+    for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane / depth * depth;
+    for (int k = 0; k < depth; ++k) At(out + k * kLanes) = __builtin_shuffle(v, from + k);
+    return;
+  }
+#endif
+  for (Index lane = 0; lane < kLanes; ++lane) {
+    const float* in = pixel + channels.First(first + lane);
+    for (Index k = 0; k < depth; ++k) out[k * kLanes + lane] = in[k];
   }
 }
 
-// The output pixels (y + step * i, x + step * j), i < h, j < w, which use the same taps:
-// tap t takes the input, counted from the padded pixel input + i * row + j * pixel, at a[t]
-// and the packed kernel at b[t].
-struct Phase {
-  Index y, x, step, h, w;
-  Index input, row, pixel;
-  std::vector<Index> a, b;
+// Rows from ... to - 1 of an image with its border of zeros, as a set takes them.
+void Fill(const float* x, Shape s, Border border, const Channels& channels, Index set, Index from,
+          Index to, float* out) {
+  const Index size = channels.pixel;
+  auto zero = [&](Index pixels) {
+    std::memset(out, 0, pixels * size * 4);
+    out += pixels * size;
+  };
+  for (Index y = from - border.top; y < to - border.top; ++y) {
+    if (y < 0 || y >= s.h) {
+      zero(border.left + s.w + border.right);
+      continue;
+    }
+    zero(border.left);
+    const float* pixel = x + y * s.w * s.c;
+    if (size == s.c && !channels.own) {
+      std::memcpy(out, pixel, s.w * size * 4);
+    } else {
+      for (Index i = 0; i < s.w; ++i) {
+        if (channels.own)
+          Spread(pixel + i * s.c, channels, set * kLanes, out + i * size);
+        else
+          std::memcpy(out + i * size, pixel + i * s.c + set * size, size * 4);
+      }
+    }
+    out += s.w * size;
+    zero(border.right);
+  }
+}
+
+// What an output pixel uses of a tap: the input dy rows and dx columns on, and the kernel at it.
+struct Tap {
+  Index dy, dx, kernel;
 };
 
-// out = the convolution of padded x with `kernel`, of `taps` taps, [tap][ci][co], or
-// [tap][co][ci] where it is to be transposed.
-void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
-              const float* kernel, Index taps, bool transpose, float* out, Shape os,
+// The output pixels (y + step * i, x + step * j), i < h, j < w, which use the same taps, of the
+// input around the pixel (in_y + in_step * i, in_x + in_step * j) of the padded image.
+struct Phase {
+  Index y, x, step, h, w;
+  Index in_y, in_x, in_step;
+  std::vector<Tap> taps;
+};
+
+// out = the convolution of padded x with `kernel`, of `taps` taps, [tap][depth][co], or
+// [tap][out_depth][ci] where it is to be transposed.
+//
+// Threads have shares of images or of strips of an image; of few of these, of channels too.
+void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border, const float* kernel,
+              Index taps, Index groups, bool transpose, float* out, Shape os,
               const std::vector<Phase>& phases) {
-  const Index ci = xs.c, co = os.c, vectors = Vectors(co), block = vectors * kLanes;
-  const Index block_size = taps * ci * block;
-  const Array packed = Pack(pool, kernel, taps, ci, co, transpose);
-  const Index height = xs.h + border.top + border.bottom;
-  const Index image = height * (xs.w + border.left + border.right) * ci;
-  const Index share = xs.n / (4 * Threads(pool));
-  const bool streams = Streams(out, os);
-  const Index group = std::max<Index>(1, std::min(kImageBytes / (image * 4), share));
-  ParallelFor(pool, (xs.n + group - 1) / group, [&](Index g) {
-    const Index first = g * group, last = std::min(first + group, xs.n);
+  const Channels channels(xs.c, os.c, groups);
+  const Index block = channels.block, block_size = taps * channels.depth * block;
+  const Index width = xs.w + border.left + border.right;
+  const Index height = xs.h + border.top + border.bottom, line = width * channels.pixel;
+  const bool streams = block % kLine == 0 && Streams(out, os);
+  const bool in_place = groups == 1 && !border.any();
+  Index rows = 0;
+  for (const Phase& phase : phases) rows = std::max(rows, phase.h);
+
+  const Index wanted = 4 * Threads(pool);
+  const Index images = std::clamp<Index>(kImageBytes / (height * line * 4), 1,
+                                         std::max<Index>(1, xs.n / wanted));
+  const Index batches = (xs.n + images - 1) / images;
+  auto missing = [&](Index tasks, Index most) {
+    return std::clamp<Index>((wanted + tasks - 1) / tasks, 1, std::max<Index>(1, most));
+  };
+  const Index fewest = std::max<Index>(1, rows * phases[0].w / kStripPixels);
+  const Index strips = std::min(rows, std::max(missing(batches * channels.sets, fewest),
+                                               height * line * 4 / kImageBytes));
+  const Index ranges = missing(batches * strips * channels.sets, channels.blocks);
+
+  // What one task alone uses of the kernel, it packs itself.
+  const bool shared = batches * strips > 1;
+  const Array packed = shared ? Pack(pool, kernel, taps, channels, transpose) : Array();
+  ParallelFor(pool, batches * strips * channels.sets * ranges, [&](Index task) {
+    const Index range = task % ranges, set = task / ranges % channels.sets;
+    const Index strip = task / ranges / channels.sets % strips;
+    const Index first = task / ranges / channels.sets / strips * images;
+    const Index last = std::min(first + images, xs.n);
+    const Index first_block = set * channels.blocks + channels.blocks * range / ranges;
+    const Index last_block = set * channels.blocks + channels.blocks * (range + 1) / ranges;
+    auto begin = [&](const Phase& phase) { return phase.h * strip / strips; };
+    auto end = [&](const Phase& phase) { return phase.h * (strip + 1) / strips; };
+
+    // The rows of the padded images that this strip uses.
+    Index top = height, bottom = 0;
+    for (const Phase& phase : phases)
+      for (const Tap& tap : phase.taps)
+        if (begin(phase) < end(phase)) {
+          top = std::min(top, phase.in_y + begin(phase) * phase.in_step + tap.dy);
+          bottom = std::max(bottom, phase.in_y + (end(phase) - 1) * phase.in_step + tap.dy + 1);
+        }
+    const Index image = in_place ? height * line : std::max<Index>(0, bottom - top) * line;
+    float* const scratch =
+        Scratch((in_place ? 0 : (last - first) * image) + (shared ? 0 : block_size));
     const float* in = x + first * image;
-    if (border.any()) {
-      float* padded = Scratch(group * image);
-      Pad(x, xs, border, first, last, padded);
-      in = padded;
+    if (in_place) {
+      top = 0;
+    } else {
+      in = scratch + (shared ? 0 : block_size);
+      for (Index n = first; n < last; ++n)
+        Fill(x + n * xs.h * xs.w * xs.c, xs, border, channels, set, top, bottom,
+             scratch + (shared ? 0 : block_size) + (n - first) * image);
     }
-    float* to = out + first * os.h * os.w * co;
-    for (const Phase& phase : phases) {
-      const Index pixels = (last - first) * phase.h * phase.w, count = phase.a.size();
-      const Index chunk = std::max<Index>(1, kKernelBytes / (ci * block * 4));
-      for (Index b = 0; b < co / block; ++b)
+
+    const Index chunk = std::max<Index>(1, kKernelBytes / (channels.depth * block * 4));
+    std::vector<Index> a, at;
+    for (Index b = first_block; b < last_block; ++b) {
+      if (!shared) PackBlock(kernel, taps, channels, transpose, b, scratch);
+      const float* const weights = shared ? &packed[b * block_size] : scratch;
+      for (const Phase& phase : phases) {
+        a.clear(), at.clear();
+        for (const Tap& tap : phase.taps) {
+          a.push_back(tap.dy * line + tap.dx * channels.pixel);
+          at.push_back(tap.kernel * channels.depth * block);
+        }
+        const Index count = a.size(), from = begin(phase), to = end(phase);
+        const Index pixels = (last - first) * (to - from) * phase.w;
         // Once at least: a phase without taps is zero.
         for (Index t = 0; t == 0 || t < count; t += chunk) {
-          const Sum sum{phase.a.data() + t, phase.b.data() + t, std::min(chunk, count - t),
-                        ci, 1, block};
-          Index n = 0, i = 0, j = 0;
+          const Sum sum{a.data() + t, at.data() + t, std::min(chunk, count - t), channels.depth,
+                        channels.pixel / channels.depth, block};
+          Index n = 0, i = from, j = 0;
           for (Index p = 0; p < pixels; p += kTile) {
-            const float* a[kTile];
-            float* c[kTile];
-            const Index rows = std::min(kTile, pixels - p);
+            const float* ins[kTile];
+            float* outs[kTile];
+            const Index used = std::min(kTile, pixels - p);
             for (Index r = 0; r < kTile; ++r) {
-              if (r >= rows) {
-                a[r] = a[r - 1], c[r] = c[r - 1];
+              if (r >= used) {
+                ins[r] = ins[r - 1], outs[r] = outs[r - 1];
                 continue;
               }
-              a[r] = in + n * image + phase.input + i * phase.row + j * phase.pixel;
+              ins[r] = in + n * image + (phase.in_y + i * phase.in_step - top) * line +
+                       (phase.in_x + j * phase.in_step) * channels.pixel;
               const Index y = phase.y + i * phase.step, x = phase.x + j * phase.step;
-              c[r] = to + ((n * os.h + y) * os.w + x) * co + b * block;
+              outs[r] = out + (((first + n) * os.h + y) * os.w + x) * os.c + b * block;
               if (++j == phase.w) j = 0, ++i;
-              if (i == phase.h) i = 0, ++n;
+              if (i == to) i = from, ++n;
             }
-            Tiles(vectors, a, &packed[b * block_size], sum, c, rows, t > 0,
+            Tiles(channels.vectors, channels.own, ins, weights, sum, outs, used, t > 0,
                   streams && t + chunk >= count);
           }
         }
+      }
     }
   });
 }
@@ -125,19 +211,16 @@ void Convolve(ffi::ThreadPool& pool, const float* x, Shape xs, Border border,
 ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer kernel, Result out,
                    std::int64_t stride, std::int64_t padding) {
   const Shape xs = ShapeOf(x), ks = ShapeOf(kernel), os = ShapeOf(*out);
-  if (WinogradSuits(ks, stride, os)) {
+  const Index groups = xs.c / ks.w;
+  if (groups == 1 && WinogradSuits(ks, stride, os)) {
     Winograd(pool, x.typed_data(), xs, padding, kernel.typed_data(), false, out->typed_data(), os);
     return ffi::Error::Success();
   }
-  const Index ci = xs.c, width = xs.w + 2 * padding, block = Vectors(os.c) * kLanes;
-  Phase phase{0, 0, 1, os.h, os.w, 0, stride * width * ci, stride * ci, {}, {}};
+  Phase phase{0, 0, 1, os.h, os.w, 0, 0, stride, {}};
   for (Index ky = 0; ky < ks.n; ++ky)
-    for (Index kx = 0; kx < ks.h; ++kx) {
-      phase.a.push_back((ky * width + kx) * ci);
-      phase.b.push_back((ky * ks.h + kx) * ci * block);
-    }
-  Convolve(pool, x.typed_data(), xs, {padding, padding, padding, padding},
-           kernel.typed_data(), ks.n * ks.h, false, out->typed_data(), os, {phase});
+    for (Index kx = 0; kx < ks.h; ++kx) phase.taps.push_back({ky, kx, ky * ks.h + kx});
+  Convolve(pool, x.typed_data(), xs, {padding, padding, padding, padding}, kernel.typed_data(),
+           ks.n * ks.h, groups, false, out->typed_data(), os, {phase});
   return ffi::Error::Success();
 }
 
@@ -148,49 +231,45 @@ ffi::Error Forward(ffi::ThreadPool pool, Buffer x, Buffer kernel, Result out,
 ffi::Error InputGradient(ffi::ThreadPool pool, Buffer gradient, Buffer kernel, Result out,
                          std::int64_t stride, std::int64_t padding) {
   const Shape gs = ShapeOf(gradient), ks = ShapeOf(kernel), os = ShapeOf(*out);
-  if (WinogradSuits(ks, stride, os)) {
+  const Index groups = os.c / ks.w;
+  if (groups == 1 && WinogradSuits(ks, stride, os)) {
     // Every input pixel was under all taps, the last one first.
     Winograd(pool, gradient.typed_data(), gs, 2 - padding, kernel.typed_data(), true,
              out->typed_data(), os);
     return ffi::Error::Success();
   }
-  const Index co = gs.c, block = Vectors(os.c) * kLanes;
   auto after = [&](Index size, Index gradient_size) {
     return std::max<Index>(0, (size - 1 + padding) / stride - gradient_size + 1);
   };
   const Border border{(ks.n - 1) / stride, after(os.h, gs.h), (ks.h - 1) / stride,
                       after(os.w, gs.w)};
-  const Index width = gs.w + border.left + border.right;
   std::vector<Phase> phases;
   for (Index ry = 0; ry < stride; ++ry)
     for (Index rx = 0; rx < stride; ++rx) {
       const Index y = ((ry - padding) % stride + stride) % stride;
       const Index x = ((rx - padding) % stride + stride) % stride;
-      const Index gy = (y + padding) / stride + border.top;
-      const Index gx = (x + padding) / stride + border.left;
-      Phase phase{y, x, stride, (os.h - y + stride - 1) / stride,
-                  (os.w - x + stride - 1) / stride, (gy * width + gx) * co, width * co, co,
-                  {}, {}};
+      Phase phase{y, x, stride, (os.h - y + stride - 1) / stride, (os.w - x + stride - 1) / stride,
+                  (y + padding) / stride + border.top, (x + padding) / stride + border.left, 1,
+                  {}};
       for (Index ky = ry; ky < ks.n; ky += stride)
-        for (Index kx = rx; kx < ks.h; kx += stride) {
-          phase.a.push_back(-(ky / stride * width + kx / stride) * co);
-          phase.b.push_back((ky * ks.h + kx) * co * block);
-        }
+        for (Index kx = rx; kx < ks.h; kx += stride)
+          phase.taps.push_back({-(ky / stride), -(kx / stride), ky * ks.h + kx});
       phases.push_back(phase);
     }
-  Convolve(pool, gradient.typed_data(), gs, border, kernel.typed_data(), ks.n * ks.h, true,
+  Convolve(pool, gradient.typed_data(), gs, border, kernel.typed_data(), ks.n * ks.h, groups, true,
            out->typed_data(), os, phases);
   return ffi::Error::Success();
 }
 
 // For the output pixels of rows first ... first + rows - 1, counted over all images, the
-// inputs that meet kernel rows (tap, ci) = from ... from + kTile - 1: out[pixel][kTile].
+// inputs that meet kernel rows (tap, ci) = from ... from + kTile - 1: out[pixel][kTile]. x begins
+// with the first channel of a group.
 void Gather(const float* x, Shape xs, Shape gs, Shape ks, Index stride, Index padding,
             Index first, Index rows, Index from, float* out) {
-  const Index end = std::min(from + kTile, ks.n * ks.h * xs.c);
+  const Index end = std::min(from + kTile, ks.n * ks.h * ks.w);
   for (Index q = from, width; q < end; q += width) {
-    const Index tap = q / xs.c, channel = q % xs.c;
-    width = std::min(end - q, xs.c - channel);
+    const Index tap = q / ks.w, channel = q % ks.w;
+    width = std::min(end - q, ks.w - channel);
     const Index ky = tap / ks.h - padding, kx = tap % ks.h - padding;
     // Output columns left ... right - 1 meet a pixel, those beside them the padding.
     const Index left = std::min(gs.w, kx < 0 ? (stride - 1 - kx) / stride : 0);
@@ -219,24 +298,98 @@ void Gather(const float* x, Shape xs, Shape gs, Shape ks, Index stride, Index pa
   }
 }
 
-// x [N, H, W, CI], gradient [N, OH, OW, CO] -> [KH, KW, CI, CO].
+// The gradient of a kernel of channels with inputs of their own: a set's rows (tap, depth) by
+// its lanes, summed over the pixels of each strip of an image as a padded copy has them.
+void OwnKernelGradient(const float* x, Shape xs, const float* gradient, Shape gs, Shape ks,
+                       Index stride, Index padding, const Channels& channels, Index set,
+                       Index begin, Index end, float* result) {
+  const Index rows = ks.n * ks.h * channels.depth, size = channels.pixel;
+  const Index line = (xs.w + 2 * padding) * size;
+  const Index most = std::clamp<Index>(kImageBytes / (stride * line * 4), 1, gs.h);
+  float* const filled = Scratch((stride * (most - 1) + ks.n) * line + most * gs.w * kLanes);
+  float* const packed = filled + (stride * (most - 1) + ks.n) * line;
+  std::vector<Index> a, b;
+  for (Index r = 0; r < most; ++r) {
+    a.push_back(r * stride * line);
+    b.push_back(r * gs.w * kLanes);
+  }
+  // Rows of output pixels, counted over all images.
+  for (Index first = begin, last; first < end; first = last) {
+    const Index n = first / gs.h, y = first % gs.h;
+    last = std::min({end, first + most, (n + 1) * gs.h});
+    Fill(x + n * xs.h * xs.w * xs.c, xs, {padding, padding, padding, padding}, channels, set,
+         y * stride, (y + last - first - 1) * stride + ks.n, filled);
+    const float* from = gradient + first * gs.w * gs.c + set * kLanes;
+    for (Index p = 0; p < (last - first) * gs.w; ++p)
+      At(packed + p * kLanes) = At(from + p * gs.c);
+    const Sum sum{a.data(), b.data(), last - first, gs.w, stride * size, kLanes};
+    for (Index q = 0; q < rows; q += kTile) {
+      const float* ins[kTile];
+      float* outs[kTile];
+      for (Index r = 0; r < kTile; ++r) {
+        const Index row = std::min(q + r, rows - 1), tap = row / channels.depth;
+        ins[r] = filled + tap / ks.h * line + tap % ks.h * size + row % channels.depth * kLanes;
+        outs[r] = result + row * gs.c + set * kLanes;
+      }
+      Tiles(1, true, ins, packed, sum, outs, std::min(kTile, rows - q), first > begin, false);
+    }
+  }
+}
+
+// The same of channels with the inputs of a group, for tiles first_tile ... last_tile - 1 of
+// rows (tap, depth), counted over the groups.
+void GroupKernelGradient(const float* x, Shape xs, const float* gradient, Shape gs, Shape ks,
+                         Index stride, Index padding, const Channels& channels, Index first_tile,
+                         Index last_tile, Index begin, Index end, float* result) {
+  const Index co = gs.c, block = channels.block, kernel_rows = ks.n * ks.h * channels.depth;
+  const Index tiles = (kernel_rows + kTile - 1) / kTile;  // of a group
+  const Index group = std::max<Index>(1, kPixels / gs.w);
+  float* const gathered = Scratch(group * gs.w * (kTiles * kTile + co));
+  float* const packed = gathered + group * gs.w * kTiles * kTile;
+  for (Index first = begin; first < end; first += group) {
+    const Index rows = std::min(group, end - first), pixels = rows * gs.w;
+    const float* g = gradient + first * gs.w * co;
+    if (block < co) {
+      for (Index b = 0; b < co / block; ++b)
+        for (Index p = 0; p < pixels; ++p)
+          std::memcpy(packed + (b * pixels + p) * block, g + p * co + b * block, block * 4);
+      g = packed;
+    }
+    for (Index at = first_tile, count; at < last_tile; at += count) {
+      const Index set = at / tiles, tile = at % tiles;
+      count = std::min({kTiles, last_tile - at, tiles - tile});
+      for (Index i = 0; i < count; ++i)
+        Gather(x + set * channels.depth, xs, gs, ks, stride, padding, first, rows,
+               (tile + i) * kTile, gathered + i * pixels * kTile);
+      for (Index b = set * channels.blocks; b < (set + 1) * channels.blocks; ++b)
+        for (Index i = 0; i < count; ++i) {
+          const Index from = (tile + i) * kTile;
+          Product(channels.vectors, gathered + i * pixels * kTile,
+                  std::min(kTile, kernel_rows - from), 1, pixels, kTile, g + b * pixels * block,
+                  result + from * co + b * block, co, first > begin);
+        }
+    }
+  }
+}
+
+// x [N, H, W, CI], gradient [N, OH, OW, CO] -> [KH, KW, CI / groups, CO].
 //
 // A small result is summed by every thread over its share of the pixels, and then over the
 // threads; of a large one every thread has its share of the rows (tap, ci).
 ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Result out,
                           std::int64_t stride, std::int64_t padding) {
   const Shape xs = ShapeOf(x), gs = ShapeOf(gradient), ks = ShapeOf(*out);
-  if (WinogradSuits(ks, stride, gs)) {
+  const Index groups = xs.c / ks.w;
+  if (groups == 1 && WinogradSuits(ks, stride, gs)) {
     WinogradKernelGradient(pool, x.typed_data(), xs, padding, gradient.typed_data(), gs,
                            out->typed_data());
     return ffi::Error::Success();
   }
-  const Index co = gs.c, vectors = Vectors(co), block = vectors * kLanes;
-  const Index kernel_rows = ks.n * ks.h * xs.c, size = kernel_rows * co;
-  const Index tiles = (kernel_rows + kTile - 1) / kTile;
-  const Index image_rows = gs.n * gs.h, group = std::max<Index>(1, kPixels / gs.w);
-  const Index threads = Threads(pool);
-  const bool by_pixels = size * 4 <= kPrivateBytes || tiles < threads;
+  const Channels channels(xs.c, gs.c, groups);
+  const Index kernel_rows = ks.n * ks.h * ks.w, size = kernel_rows * gs.c;
+  const Index units = channels.sets * (channels.own ? 1 : (kernel_rows + kTile - 1) / kTile);
+  const Index image_rows = gs.n * gs.h, threads = Threads(pool);
+  const bool by_pixels = size * 4 <= kPrivateBytes || units < threads;
   const Index splits = by_pixels ? std::min(threads, image_rows) : 1;
   const Index parts = by_pixels ? 1 : threads;
   Array partial = Allocate((splits - 1) * size);
@@ -245,32 +398,13 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
     const Index split = task / parts, part = task % parts;
     float* const result = split ? &partial[(split - 1) * size] : total;
     const Index begin = image_rows * split / splits, end = image_rows * (split + 1) / splits;
-    const Index first_tile = tiles * part / parts, last_tile = tiles * (part + 1) / parts;
-    float* const gathered = Scratch(group * gs.w * (kTiles * kTile + co));
-    float* const packed = gathered + group * gs.w * kTiles * kTile;
-    for (Index first = begin; first < end; first += group) {
-      const Index rows = std::min(group, end - first), pixels = rows * gs.w;
-      const float* g = gradient.typed_data() + first * gs.w * co;
-      if (block < co) {
-        for (Index b = 0; b < co / block; ++b)
-          for (Index p = 0; p < pixels; ++p)
-            std::memcpy(packed + (b * pixels + p) * block, g + p * co + b * block, block * 4);
-        g = packed;
-      }
-      for (Index tile = first_tile; tile < last_tile; tile += kTiles) {
-        const Index count = std::min(kTiles, last_tile - tile);
-        for (Index i = 0; i < count; ++i)
-          Gather(x.typed_data(), xs, gs, ks, stride, padding, first, rows,
-                 (tile + i) * kTile, gathered + i * pixels * kTile);
-        for (Index b = 0; b < co / block; ++b)
-          for (Index i = 0; i < count; ++i) {
-            const Index from = (tile + i) * kTile;
-            const Index used = std::min(kTile, kernel_rows - from);
-            Product(vectors, gathered + i * pixels * kTile, used, 1, pixels, kTile,
-                    g + b * pixels * block, result + from * co + b * block, co, first > begin);
-          }
-      }
-    }
+    const Index first = units * part / parts, last = units * (part + 1) / parts;
+    if (!channels.own)
+      return GroupKernelGradient(x.typed_data(), xs, gradient.typed_data(), gs, ks, stride, padding,
+                                 channels, first, last, begin, end, result);
+    for (Index set = first; set < last; ++set)
+      OwnKernelGradient(x.typed_data(), xs, gradient.typed_data(), gs, ks, stride, padding,
+                        channels, set, begin, end, result);
   });
   for (Index s = 0; s < splits - 1; ++s)
     for (Index i = 0; i < size; ++i) total[i] += partial[s * size + i];

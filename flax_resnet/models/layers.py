@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_resnet.models.convolution import convolution, grouped_convolution
+from flax_resnet.models.convolution import convolution
 from flax_resnet.models.pooling import max_pool2d
 
 Dtype = Any
@@ -79,12 +79,8 @@ class Conv(nn.Module):
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 feature_group_count=self.groups,
             )
-        elif self.groups == 1:
-            x = convolution(x, kernel, stride=self.stride, padding=padding)
         else:
-            x = grouped_convolution(
-                x, kernel, groups=self.groups, stride=self.stride, padding=padding
-            )
+            x = convolution(x, kernel, stride=self.stride, padding=padding, groups=self.groups)
         if self.bias_init is not None:
             bias = self.param("bias", self.bias_init, (self.planes,), jnp.float32)
             x += bias.astype(self.dtype)[None, None, None]

@@ -71,8 +71,9 @@ struct Sum {
 };
 
 // c[row][0 : V * kLanes] (+)= sum, for H * kRows rows of which the first `rows` are stored.
-// With H == 2 the second half's a are as far from the first half's for every row.
-template <int V, int H>
+// With H == 2 the second half's a are as far from the first half's for every row. With `own`
+// every lane has its own a, side by side as those of b are, in place of one for them all.
+template <int V, int H, bool own = false>
 __attribute__((noinline)) void Tile(const float* const* a, const float* b, const Sum& sum,
                                     float* const* c, Index rows, bool accumulate,
                                     bool stream) {
@@ -89,7 +90,11 @@ __attribute__((noinline)) void Tile(const float* const* a, const float* b, const
       for (int h = 0; h < H; ++h) {
         const Index p = at + h * half;
         for (int r = 0; r < kRows; ++r)
-          for (int v = 0; v < V; ++v) acc[h][r][v] += row[r][p] * w[v];
+          for (int v = 0; v < V; ++v)
+            if constexpr (own)
+              acc[h][r][v] += At(row[r] + p + v * kLanes) * w[v];
+            else
+              acc[h][r][v] += row[r][p] * w[v];
       }
     }
   }
@@ -107,8 +112,9 @@ __attribute__((noinline)) void Tile(const float* const* a, const float* b, const
 // 8 rows; one needs 16.
 Index Vectors(Index channels) { return channels / kLanes % 2 == 0 ? 2 : 1; }
 
-// `Tile` for kTile rows; `a` and `c` have kTile entries however many rows count.
-void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
+// `Tile` for kTile rows; `a` and `c` have kTile entries however many rows count. With `own`
+// there is one vector.
+void Tiles(Index vectors, bool own, const float* const* a, const float* b, const Sum& sum,
            float* const* c, Index rows, bool accumulate, bool stream) {
   auto halves = [&](auto tile) {
     tile(a, b, sum, c, rows, accumulate, stream);
@@ -118,8 +124,9 @@ void Tiles(Index vectors, const float* const* a, const float* b, const Sum& sum,
   bool same_distance = rows > kRows;
   for (Index r = 1; r < kRows && same_distance; ++r)
     same_distance = a[kRows + r] - a[r] == a[kRows] - a[0];
-  if (same_distance) return Tile<1, 2>(a, b, sum, c, rows, accumulate, stream);
-  halves(Tile<1, 1>);
+  if (same_distance)
+    return (own ? Tile<1, 2, true> : Tile<1, 2>)(a, b, sum, c, rows, accumulate, stream);
+  halves(own ? Tile<1, 1, true> : Tile<1, 1>);
 }
 
 // c[row * c_row + lane] (+)= sum over k of a[row * a_row + k * a_step] * b[k * block + lane].
@@ -136,7 +143,7 @@ void Product(Index vectors, const float* a, Index rows, Index a_row, Index steps
       as[r] = a + (first + r) * a_row;
       cs[r] = c + (first + std::min(r, used - 1)) * c_row;
     }
-    Tiles(vectors, as, b, sum, cs, used, accumulate, false);
+    Tiles(vectors, false, as, b, sum, cs, used, accumulate, false);
   }
 }
 
@@ -189,27 +196,62 @@ float* Scratch(Index size) {
   return scratch.get();
 }
 
-// A kernel [tap][ci][co], or [tap][co][ci] where it is to be transposed, as
-// [co / block][tap][ci][block].
-Array Pack(ffi::ThreadPool& pool, const float* kernel, Index taps, Index ci, Index co,
-           bool transpose) {
-  const Index block = Vectors(co) * kLanes, block_size = taps * ci * block;
-  Array packed = Allocate(taps * ci * co);
-  ParallelFor(pool, co / block, [&](Index b) {
-    for (Index t = 0; t < taps; ++t) {
-      float* const to = &packed[b * block_size + t * ci * block];
-      if (!transpose) {
-        for (Index i = 0; i < ci; ++i)
-          std::memcpy(to + i * block, kernel + (t * ci + i) * co + b * block, block * 4);
-        continue;
-      }
-      // A few rows of `to` at a time, which stay in the cache while columns fill them.
-      for (Index first = 0; first < ci; first += kLine)
-        for (Index j = 0; j < block; ++j) {
-          const float* from = kernel + (t * co + b * block + j) * ci;
-          for (Index i = first; i < std::min(ci, first + kLine); ++i) to[i * block + j] = from[i];
-        }
+// How the channels of an input and an output in groups are taken in turn: in blocks of the
+// output's, whose sets share an input. As a rule a set is a group. Where a vector register holds
+// channels of several, every lane has its own input, and a block is a set.
+struct Channels {
+  Index depth, out_depth;  // of a group
+  bool own;
+  Index vectors, block;
+  Index sets, blocks;  // blocks of a set
+  Index pixel;         // floats of an input pixel as a set takes it: [depth], or [depth][lane]
+
+  Channels(Index ci, Index co, Index groups)
+      : depth(ci / groups),
+        out_depth(co / groups),
+        own(out_depth % kLanes != 0),
+        vectors(own ? 1 : Vectors(out_depth)),
+        block(vectors * kLanes),
+        sets(own ? co / block : groups),
+        blocks(co / block / sets),
+        pixel(own ? depth * kLanes : depth) {}
+
+  // The input channel that is the first of those of an output channel.
+  Index First(Index channel) const { return channel / out_depth * depth; }
+};
+
+// Block b of a kernel [tap][depth][co], or [tap][out_depth][ci] where it is to be transposed, as
+// [tap][depth][block].
+void PackBlock(const float* kernel, Index taps, const Channels& channels, bool transpose, Index b,
+               float* out) {
+  const Index depth = channels.depth, block = channels.block, first = b * block;
+  const Index groups = channels.sets * channels.blocks * block / channels.out_depth;
+  const Index row = transpose ? depth * groups : channels.out_depth * groups;
+  for (Index t = 0; t < taps; ++t, out += depth * block) {
+    if (!transpose) {
+      for (Index k = 0; k < depth; ++k)
+        std::memcpy(out + k * block, kernel + (t * depth + k) * row + first, block * 4);
+      continue;
     }
+    // A few rows of `out` at a time, which stay in the cache while columns fill them.
+    for (Index from = 0; from < depth; from += kLine)
+      for (Index j = 0; j < block; ++j) {
+        const Index channel = (first + j) % channels.out_depth;
+        const float* column =
+            kernel + (t * channels.out_depth + channel) * row + channels.First(first + j);
+        for (Index k = from; k < std::min(depth, from + kLine); ++k) out[k * block + j] = column[k];
+      }
+  }
+}
+
+// All blocks of a kernel: [block][tap][depth][block].
+Array Pack(ffi::ThreadPool& pool, const float* kernel, Index taps, const Channels& channels,
+           bool transpose) {
+  const Index count = channels.sets * channels.blocks;
+  const Index size = taps * channels.depth * channels.block;
+  Array packed = Allocate(count * size);
+  ParallelFor(pool, count, [&](Index b) {
+    PackBlock(kernel, taps, channels, transpose, b, &packed[b * size]);
   });
   return packed;
 }

@@ -130,7 +130,7 @@ Index Distance(Index size) { return size + kLine; }
 void Winograd(ffi::ThreadPool& pool, const float* x, Shape xs, Index padding,
               const float* kernel, bool transpose, float* out, Shape os) {
   const Index ci = xs.c, co = os.c, vectors = Vectors(co), block = vectors * kLanes;
-  const Array packed = Pack(pool, kernel, 9, ci, co, transpose);
+  const Array packed = Pack(pool, kernel, 9, Channels(ci, co, 1), transpose);
   const Array points = Allocate(kPoints * ci * co);  // [co / block][point][ci][block]
   ParallelFor(pool, co / block, [&](Index b) {
     const float* const from = &packed[b * 9 * ci * block];

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flax_resnet as fr
 from flax_resnet.models import native
-from flax_resnet.models.convolution import convolution, grouped_convolution
+from flax_resnet.models.convolution import convolution
 
 torch = pytest.importorskip("torch")
 
@@ -50,6 +50,23 @@ CASES = [
     (16, 6, 9, 32, 16, 3, 1, 3),
 ]
 
+# and the number of groups
+GROUPED = [
+    (3, 9, 7, 32, 32, 3, 1, 1, 32),  # depthwise
+    (2, 8, 9, 48, 48, 5, 2, 2, 48),
+    (2, 9, 8, 16, 32, 5, 1, 2, 16),  # two outputs of each input
+    (1, 13, 11, 128, 128, 3, 1, 1, 32),  # the four stages of resnext50_32x4d
+    (2, 10, 9, 256, 256, 3, 2, 1, 32),
+    (3, 5, 6, 512, 512, 3, 2, 1, 32),
+    (1, 3, 4, 1024, 1024, 3, 1, 1, 32),
+    (3, 8, 8, 24, 16, 3, 2, 1, 8),
+    (2, 7, 7, 64, 32, 3, 1, 1, 2),
+    (1, 6, 5, 48, 48, 3, 1, 1, 2),  # a register's channels in part of one group, in part of another
+    (3, 8, 9, 96, 96, 1, 1, 0, 3),
+    (1, 90, 61, 32, 64, 3, 1, 1, 8),  # strips of an image
+    (2, 9, 7, 20, 20, 3, 1, 1, 2),  # XLA's
+]
+
 
 def xla_convolution(x, kernel, stride, padding):
     return jax.lax.conv_general_dilated(
@@ -72,53 +89,36 @@ def custom_calls(function, *arguments) -> bool:
     return "flax_resnet_" in jax.jit(function).lower(*arguments).as_text()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [(*case, 1) for case in CASES] + GROUPED, ids=str)
 def test_value_and_gradients_are_torchs_in_float64(case, rng):
-    n, height, width, ci, co, size, stride, padding = case
-    x = rng.normal(size=(n, height, width, ci)).astype(np.float32)
-    kernel = rng.normal(size=(size, size, ci, co)).astype(np.float32)
-
-    x64 = torch.from_numpy(x).double().permute(0, 3, 1, 2).requires_grad_()
-    kernel64 = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
-    out64 = torch.nn.functional.conv2d(x64, kernel64, stride=stride, padding=padding)
-    g = rng.normal(size=(*out64.shape[:1], *out64.shape[2:], co)).astype(np.float32)
-    out64.backward(torch.from_numpy(g).double().permute(0, 3, 1, 2))
-
-    out, vjp = jax.vjp(
-        jax.jit(lambda x, w: convolution(x, w, stride=stride, padding=padding)), x, kernel
-    )
-    by_x, by_kernel = vjp(g)
-    assert_close(out, out64.detach().permute(0, 2, 3, 1))
-    assert_close(by_x, x64.grad.permute(0, 2, 3, 1))
-    assert_close(by_kernel, kernel64.grad.permute(2, 3, 1, 0))
-
-
-@pytest.mark.parametrize("case", [(4, 9, 7, 16, 32, 3, 1, 4), (3, 8, 8, 24, 16, 3, 2, 8)], ids=str)
-def test_groups_are_those_of_torch(case, rng):
-    n, height, width, ci, co, size, stride, groups = case
+    n, height, width, ci, co, size, stride, padding, groups = case
     x = rng.normal(size=(n, height, width, ci)).astype(np.float32)
     kernel = rng.normal(size=(size, size, ci // groups, co)).astype(np.float32)
 
     x64 = torch.from_numpy(x).double().permute(0, 3, 1, 2).requires_grad_()
     kernel64 = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
-    out64 = torch.nn.functional.conv2d(
-        x64, kernel64, stride=stride, padding=size // 2, groups=groups
-    )
+    out64 = torch.nn.functional.conv2d(x64, kernel64, stride=stride, padding=padding, groups=groups)
     g = rng.normal(size=(*out64.shape[:1], *out64.shape[2:], co)).astype(np.float32)
     out64.backward(torch.from_numpy(g).double().permute(0, 3, 1, 2))
 
-    def convolve(x, kernel):
-        return grouped_convolution(x, kernel, groups=groups, stride=stride, padding=size // 2)
+    @jax.jit
+    def value_and_gradients(x, kernel, g):
+        convolve = partial(convolution, stride=stride, padding=padding, groups=groups)
+        out, vjp = jax.vjp(convolve, x, kernel)
+        return out, *vjp(g)
 
-    out, vjp = jax.vjp(jax.jit(convolve), x, kernel)
-    by_x, by_kernel = vjp(g)
+    out, by_x, by_kernel = value_and_gradients(x, kernel, g)
     assert_close(out, out64.detach().permute(0, 2, 3, 1))
     assert_close(by_x, x64.grad.permute(0, 2, 3, 1))
     assert_close(by_kernel, kernel64.grad.permute(2, 3, 1, 0))
 
-    # Elsewhere they are XLA's, of which we check that it is asked for.
-    elsewhere = jax.jit(convolve).trace(x, kernel).lower(lowering_platforms=("cuda",))
-    assert f"feature_group_count = {groups}" in elsewhere.as_text()
+
+def test_groups_stay_groups_elsewhere():
+    x, kernel = jnp.ones((3, 8, 8, 24)), jnp.ones((3, 3, 3, 16))
+    convolve = jax.jit(partial(convolution, stride=2, padding=1, groups=8))
+    for platform in ("cuda", "tpu"):
+        lowered = convolve.trace(x, kernel).lower(lowering_platforms=(platform,))
+        assert "feature_group_count = 8" in lowered.as_text()
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_shapes_that_do_not_go_together(x, kernel, geometry):
 def test_groups_divide_the_channels_that_come_out():
     x, kernel = jnp.ones((1, 9, 7, 16)), jnp.ones((3, 3, 8, 31))
     with pytest.raises(ValueError, match="in 2 groups"):
-        grouped_convolution(x, kernel, groups=2, stride=1, padding=1)
+        convolution(x, kernel, groups=2, stride=1, padding=1)
 
 
 def test_an_empty_batch(operands):
@@ -318,7 +318,7 @@ def test_an_empty_batch(operands):
 def test_without_a_compiler_xla_does_it(compiler, user_cache):
     program = textwrap.dedent("""
         import functools, jax
-        from flax_resnet.models.convolution import convolution, grouped_convolution
+        from flax_resnet.models.convolution import convolution
 
         x, kernel = jax.numpy.ones((1, 8, 8, 16)), jax.numpy.ones((1, 1, 16, 16))
         convolve = jax.jit(functools.partial(convolution, stride=1, padding=0))
