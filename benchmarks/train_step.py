@@ -1,6 +1,7 @@
 """Images a second of a training step, ours and PyTorch's, measured in turn.
 
     python benchmarks/train_step.py
+    python benchmarks/train_step.py --nets resnext50_32x4d --batch_sizes 8 --image_size 224
 
 Both train on one batch that stays on the device: forward, backward and SGD with momentum
 and weight decay; float32 on a CPU, bfloat16 compute on a GPU. Each PyTorch variant first

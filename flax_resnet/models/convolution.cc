@@ -39,30 +39,44 @@ Shape ShapeOf(const Buffer& b) {
   return {d[0], d[1], d[2], d[3]};
 }
 
-// out[k][lane] = the k-th input channel of the output channel first + lane.
-void Spread(const float* pixel, const Channels& channels, Index first, float* out) {
-  const Index depth = channels.depth;
+// Copies pixels for a set whose lanes have inputs of their own: out[k][lane] is the k-th input
+// channel of the lane's output channel.
+class Spread {
+ public:
+  Spread(const Channels& channels, Index set) : depth_(channels.depth) {
+    for (Index lane = 0; lane < kLanes; ++lane) {
+      first_[lane] = channels.First(set * kLanes + lane);
+      from_[lane] = lane / depth_ * depth_;
+    }
+    // A vector holds whole groups, of as many channels in as out.
+    permutes_ = depth_ == channels.out_depth && kLanes % depth_ == 0;
+  }
+
+  void operator()(const float* pixel, float* out) const {
 #if !defined(__clang__)
-  // A vector holds whole groups, of as many channels in as out: a permutation of it.
-  if (depth == channels.out_depth && kLanes % depth == 0) {
-    typedef int Lanes __attribute__((vector_size(kLanes * 4)));
-    const Vector v = At(pixel + first);
-    Lanes from;
-    for (int lane = 0; lane < kLanes; ++lane) from[lane] = lane / depth * depth;
-    for (int k = 0; k < depth; ++k) At(out + k * kLanes) = __builtin_shuffle(v, from + k);
-    return;
-  }
+    if (permutes_) {
+      const Vector v = At(pixel + first_[0]);
+      for (int k = 0; k < depth_; ++k) At(out + k * kLanes) = __builtin_shuffle(v, from_ + k);
+      return;
+    }
 #endif
-  for (Index lane = 0; lane < kLanes; ++lane) {
-    const float* in = pixel + channels.First(first + lane);
-    for (Index k = 0; k < depth; ++k) out[k * kLanes + lane] = in[k];
+    for (Index lane = 0; lane < kLanes; ++lane)
+      for (Index k = 0; k < depth_; ++k) out[k * kLanes + lane] = pixel[first_[lane] + k];
   }
-}
+
+ private:
+  typedef int Lanes __attribute__((vector_size(kLanes * 4), aligned(4)));
+  Index depth_;
+  Index first_[kLanes];
+  Lanes from_;
+  bool permutes_;
+};
 
 // Rows from ... to - 1 of an image with its border of zeros, as a set takes them.
 void Fill(const float* x, Shape s, Border border, const Channels& channels, Index set, Index from,
           Index to, float* out) {
   const Index size = channels.pixel;
+  const Spread spread(channels, set);
   auto zero = [&](Index pixels) {
     std::memset(out, 0, pixels * size * 4);
     out += pixels * size;
@@ -73,16 +87,14 @@ void Fill(const float* x, Shape s, Border border, const Channels& channels, Inde
       continue;
     }
     zero(border.left);
-    const float* pixel = x + y * s.w * s.c;
-    if (size == s.c && !channels.own) {
-      std::memcpy(out, pixel, s.w * size * 4);
+    const float* const pixels = x + y * s.w * s.c;
+    if (channels.own) {
+      for (Index i = 0; i < s.w; ++i) spread(pixels + i * s.c, out + i * size);
+    } else if (size == s.c) {
+      std::memcpy(out, pixels, s.w * size * 4);
     } else {
-      for (Index i = 0; i < s.w; ++i) {
-        if (channels.own)
-          Spread(pixel + i * s.c, channels, set * kLanes, out + i * size);
-        else
-          std::memcpy(out + i * size, pixel + i * s.c + set * size, size * 4);
-      }
+      for (Index i = 0; i < s.w; ++i)
+        std::memcpy(out + i * size, pixels + i * s.c + set * size, size * 4);
     }
     out += s.w * size;
     zero(border.right);
