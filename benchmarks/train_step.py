@@ -35,7 +35,7 @@ NETS = ("cifar_resnet20", "lab10_resnet50", "cifar_resnet18")
 VARIANTS = ("eager", "channels_last", "compile", "compile channels_last")
 
 
-def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
+def prepare_ours(net: str, batch_size: int, image_size: int = 32) -> Callable[[int], None]:
     """A function that does that many steps and waits for the last."""
     import jax
     import jax.numpy as jnp
@@ -50,11 +50,10 @@ def prepare_ours(net: str, batch_size: int) -> Callable[[int], None]:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = fr.create_model(net, num_classes=10, dtype=dtype)
     optimizer = make_optimizer(Config(nesterov=False), lambda step: 0.1)
-    state = jax.jit(partial(create_state, model, optimizer, image_shape=(32, 32, 3)))(
-        jax.random.key(0)
-    )
+    shape = (image_size, image_size, 3)
+    state = jax.jit(partial(create_state, model, optimizer, image_shape=shape))(jax.random.key(0))
     batch = {
-        "image": jax.random.normal(jax.random.key(1), (batch_size, 32, 32, 3)),
+        "image": jax.random.normal(jax.random.key(1), (batch_size, *shape)),
         "label": jnp.arange(batch_size) % 10,
     }
     step = jax.jit(partial(train_step, model=model, optimizer=optimizer), donate_argnums=0)
@@ -109,13 +108,15 @@ def torch_sgd(model: Any) -> Any:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
 
-def prepare_torch(net: str, batch_size: int, variant: str, **fields) -> Callable[[int], None]:
+def prepare_torch(
+    net: str, batch_size: int, variant: str, image_size: int = 32, **fields
+) -> Callable[[int], None]:
     """As `prepare_ours`, in PyTorch."""
     import torch
 
     model = torch_net(net, variant, **fields)
     step = torch_step(model, torch_sgd(model), variant)
-    images = torch.randn(batch_size, 3, 32, 32).to(**torch_place(variant))
+    images = torch.randn(batch_size, 3, image_size, image_size).to(**torch_place(variant))
     labels = (torch.arange(batch_size) % 10).to(images.device)
 
     def run(steps: int) -> None:
@@ -193,7 +194,7 @@ def best_variant(net: str, batch_size: int, keep_memory: bool, **fields) -> str:
     return min(seconds, key=seconds.__getitem__)
 
 
-def flops(net: str) -> int:
+def flops(net: str, image_size: int = 32) -> int:
     """Floating-point operations of a training step on one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -202,13 +203,13 @@ def flops(net: str) -> int:
 
     model = torch_resnet.create(net)
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, 3, 32, 32)).sum().backward()
+        model(torch.zeros(2, 3, image_size, image_size)).sum().backward()
     return counter.get_total_flops() // 2
 
 
-def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
+def measure(net: str, batch_size: int, image_size: int, rounds: int, on_gpu: bool) -> None:
     """Prints a line of the table for each setting of the allocator."""
-    best = best_variant(net, batch_size, keep_memory=not on_gpu)
+    best = best_variant(net, batch_size, keep_memory=not on_gpu, image_size=image_size)
     product_flops = 2 * (size := 8192 if on_gpu else 2048) ** 3
     matmul = Worker(prepare_matmul, size, keep_memory=False, seconds=1.0)
     settings = (False,) if on_gpu else (False, True)
@@ -216,8 +217,8 @@ def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
         (side, kept): Worker(prepare, net, batch_size, *arguments, keep_memory=kept)
         for kept in settings
         for side, prepare, arguments in (
-            ("ours", prepare_ours, ()),
-            ("torch", prepare_torch, (best,)),
+            ("ours", prepare_ours, (image_size,)),
+            ("torch", prepare_torch, (best, image_size)),
         )
     }
     seconds = {key: [] for key in workers}
@@ -233,7 +234,7 @@ def measure(net: str, batch_size: int, rounds: int, on_gpu: bool) -> None:
     for kept in settings:
         ours, torch = (statistics.median(seconds[side, kept]) for side in ("ours", "torch"))
         ratios = [t / o for o, t in zip(seconds["ours", kept], seconds["torch", kept], strict=True)]
-        rate = flops(net) * batch_size / ours
+        rate = flops(net, image_size) * batch_size / ours
         print(
             f"| {net} | {batch_size} | {'kept' if kept else 'default'} "
             f"| {batch_size / ours:.0f} | {batch_size / torch:.0f} ({best}) "
@@ -247,6 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Our training step against PyTorch's.")
     parser.add_argument("--nets", nargs="+", default=NETS)
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[128])
+    parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -256,7 +258,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for net in arguments.nets:
         for batch_size in arguments.batch_sizes:
-            measure(net, batch_size, arguments.rounds, torch.cuda.is_available())
+            measure(
+                net,
+                batch_size,
+                arguments.image_size,
+                arguments.rounds,
+                torch.cuda.is_available(),
+            )
 
 
 if __name__ == "__main__":
