@@ -33,6 +33,7 @@ struct Border {
 
 using Buffer = ffi::Buffer<ffi::F32>;
 using Result = ffi::Result<Buffer>;
+using Bytes = ffi::Buffer<ffi::U8>;
 
 Shape ShapeOf(const Buffer& b) {
   auto d = b.dimensions();
@@ -423,6 +424,38 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
   return ffi::Error::Success();
 }
 
+// x [N, H, W, C] -> maxima [N, OH, OW, C] of size x size pixels, and the places of the first of
+// them in their windows, counted row by row.
+ffi::Error MaxPool(ffi::ThreadPool pool, Buffer x, Result out, ffi::Result<Bytes> place,
+                   std::int64_t size, std::int64_t stride, std::int64_t padding) {
+  typedef int Lanes __attribute__((vector_size(kLanes * 4)));
+  const Shape xs = ShapeOf(x), os = ShapeOf(*out);
+  ParallelFor(pool, os.n * os.h, [&](Index row) {
+    const Index n = row / os.h, top = row % os.h * stride - padding;
+    const Index y0 = std::max<Index>(0, top), y1 = std::min<Index>(xs.h, top + size);
+    for (Index j = 0; j < os.w; ++j) {
+      const Index left = j * stride - padding;
+      const Index x0 = std::max<Index>(0, left), x1 = std::min<Index>(xs.w, left + size);
+      for (Index c = 0; c < xs.c; c += kLanes) {
+        const float* const image = x.typed_data() + n * xs.h * xs.w * xs.c + c;
+        Vector best = At(image + (y0 * xs.w + x0) * xs.c);
+        Lanes at = Lanes{} + int((y0 - top) * size + x0 - left);
+        for (Index y = y0; y < y1; ++y)
+          for (Index i = x0; i < x1; ++i) {
+            const Vector v = At(image + (y * xs.w + i) * xs.c);
+            const Lanes larger = (v > best) | (v != v);  // NaN stays
+            best = larger ? v : best;
+            at = larger ? Lanes{} + int((y - top) * size + i - left) : at;
+          }
+        const Index to = (row * os.w + j) * os.c + c;
+        At(out->typed_data() + to) = best;
+        for (int lane = 0; lane < kLanes; ++lane) place->typed_data()[to + lane] = at[lane];
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define DEFINE(symbol, function)                     \
@@ -438,5 +471,14 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
 DEFINE(forward, Forward);
 DEFINE(input_gradient, InputGradient);
 DEFINE(kernel_gradient, KernelGradient);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(max_pool, MaxPool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Bytes>()
+                                  .Attr<std::int64_t>("size")
+                                  .Attr<std::int64_t>("stride")
+                                  .Attr<std::int64_t>("padding"));
 
 extern "C" std::int64_t lanes() { return kLanes; }

@@ -221,15 +221,7 @@ def _define(
     lower_xla_cpu = lower(partial(with_xla, xla_cpu or xla))
 
     def lower_for_cpu(ctx, a, b, *, geometry):
-        applies = (
-            all(aval.dtype == np.float32 and aval.size for aval in ctx.avals_in)
-            # XLA cannot divide a function that it does not know among devices.
-            and _num_devices(ctx.module_context.axis_context) == 1
-            # An exported program runs where there is no convolution.cc.
-            and not ctx.module_context.lowering_parameters.for_export
-            and (lanes := native.load())
-            and ctx.avals_out[0].shape[-1] % lanes == 0
-        )
+        applies = native.applies(ctx, ctx.avals_out[0].shape[-1])
         return (lower_ours if applies else lower_xla_cpu)(ctx, a, b, geometry=geometry)
 
     mlir.register_lowering(primitive, lower(partial(with_xla, xla)))
@@ -261,12 +253,6 @@ def _define(
 
     batching.primitive_batchers[primitive] = batched
     return primitive
-
-
-def _num_devices(axis_context: Any) -> int:
-    # That of jax.shard_map and jax.pmap has a mesh alone.
-    mesh = getattr(axis_context, "mesh", None)
-    return axis_context.num_devices if mesh is None else mesh.size
 
 
 forward = _define("forward", _xla_forward, _output_shape, by_example=True)

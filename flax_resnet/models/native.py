@@ -13,9 +13,11 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
+import numpy as np
 
 from flax_resnet.models.caches import cache_folder
 
@@ -38,6 +40,30 @@ def load() -> int | None:
         return _load()
 
 
+def applies(ctx: Any, channels: int) -> bool:
+    """Whether what is lowered in that context can be done by convolution.cc.
+
+    Args:
+      ctx: a `jax.interpreters.mlir.LoweringRuleContext`.
+      channels: of its result.
+    """
+    return (
+        all(aval.dtype == np.float32 and aval.size for aval in ctx.avals_in)
+        # XLA cannot divide a function that it does not know among devices.
+        and _num_devices(ctx.module_context.axis_context) == 1
+        # An exported program runs where there is no convolution.cc.
+        and not ctx.module_context.lowering_parameters.for_export
+        and (lanes := load()) is not None
+        and channels % lanes == 0
+    )
+
+
+def _num_devices(axis_context: Any) -> int:
+    # That of jax.shard_map and jax.pmap has a mesh alone.
+    mesh = getattr(axis_context, "mesh", None)
+    return axis_context.num_devices if mesh is None else mesh.size
+
+
 _one_at_a_time = threading.Lock()
 
 
@@ -45,7 +71,7 @@ _one_at_a_time = threading.Lock()
 def _load() -> int | None:
     try:
         library = _library()
-        for name in ("forward", "input_gradient", "kernel_gradient"):
+        for name in ("forward", "input_gradient", "kernel_gradient", "max_pool"):
             target = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(f"flax_resnet_{name}", target, platform="cpu")
         return library.lanes()
