@@ -314,6 +314,31 @@ def test_an_empty_batch(operands):
     np.testing.assert_array_equal(by_kernel, np.zeros_like(kernel))
 
 
+ARM = "aarch64-linux-gnu-g++ -static"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "emulator", "instructions"),
+    [
+        ("g++ -march=x86-64", "", "sse2"),
+        ("g++ -march=x86-64-v3", "", "avx2"),
+        pytest.param(ARM, "qemu-aarch64", "", marks=pytest.mark.arm, id="arm"),
+    ],
+)
+def test_other_processors(compiler, emulator, instructions, tmp_path):
+    for program in (compiler.split()[0], emulator):
+        if program and not shutil.which(program):
+            pytest.skip(f"there is no {program}")
+    if instructions not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this CPU has no {instructions}")
+    folder, program = Path(__file__).with_name("kernels"), tmp_path / "kernels_test"
+    include = [f"-I{folder}", f"-I{native._SOURCE.parent}"]
+    build = [*compiler.split(), "-std=c++17", "-O1", "-pthread", *include, "-o", program]
+    subprocess.run([*build, folder / "kernels_test.cc"], check=True)
+    result = subprocess.run([*emulator.split(), program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
+
+
 @pytest.mark.parametrize("compiler", ["no_such_compiler", "false", "c++ '"])
 def test_without_a_compiler_xla_does_it(compiler, user_cache):
     program = textwrap.dedent("""
