@@ -198,7 +198,8 @@ class GroupNorm(nn.Module):
 @jax.custom_jvp
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
-    return jnp.maximum(x, 0)
+    # jnp.maximum loses NaN where XLA:CPU fuses it with a mean.
+    return jnp.where(x < 0, 0, x)
 
 
 @relu.defjvp

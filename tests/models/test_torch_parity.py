@@ -200,6 +200,18 @@ def test_max_pool_is_differentiated_in_every_way(rng):
     )
 
 
+def test_nan_comes_through_a_compiled_model():
+    model = fr.ResNet(
+        fr.Bottleneck, (1,), num_classes=10, widths=(16,), strides=(1,), cifar_stem=True
+    )
+    images = np.zeros((2, 8, 8, 3), np.float32)
+    variables = model.init(jax.random.key(0), images, train=False)
+    images[0, 5, 5, 0] = np.nan
+    logits = jax.jit(partial(model.apply, train=False))(variables, images)
+    assert np.isnan(logits[0]).all()
+    assert np.isfinite(logits[1]).all()
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("size", [(8, 7), (9, 8)])
 def test_block_agrees_with_torch(name, size):
