@@ -12,7 +12,9 @@ From weights, the better way where there are few pictures:
         --config.init_from=timm/resnet18.a1_in1k --config.image_size=224 \
         --config.learning_rate=0.01
 
-Measured: see docs/results.md.
+On 2 CPU cores, ants and bees (245 pictures for training, 153 for testing, 54% of these bees), one
+seed each: 69.9% from scratch; 77.8% with --config.model=cifar_resnet20 --config.image_size=64 and a
+published net for CIFAR-10 in --config.init_from.
 """
 
 from flax_resnet.training import default_config
@@ -34,7 +36,7 @@ def get_config():
     config.num_epochs = 30
 
     config.schedule = "onecycle"
-    config.learning_rate = 0.05
+    config.learning_rate = 0.02
     config.warmup_epochs = 5.0
     config.momentum = 0.9
     config.nesterov = True
