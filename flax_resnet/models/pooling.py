@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.interpreters.xla import apply_primitive
 from jaxtyping import Array, Float
 
@@ -35,22 +35,7 @@ def max_pool2d(
       [N, (H + 2 * padding - size) // stride + 1, (W + 2 * padding - size) // stride + 1, C];
       NaN where the window has one. Of equal pixels the first takes the gradient.
     """
-    return _maxima(x, size, stride or size, padding)[0]
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _maxima(x: jax.Array, size: int, stride: int, padding: int) -> tuple[jax.Array, jax.Array]:
-    """The maxima, and the uint8 places of the first of them in their windows, row by row."""
-    maxima, places = _primitive.bind(x, size=size, stride=stride, padding=padding)
-    return maxima, places
-
-
-@_maxima.defjvp
-def _maxima_jvp(size, stride, padding, primals, tangents):
-    maxima, places = _maxima(*primals, size, stride, padding)
-    windows = _windows(tangents[0], size, stride, padding, 0)
-    tangent = sum(jnp.where(places == i, window, 0) for i, window in enumerate(windows))
-    return (maxima, places), (tangent, np.zeros(places.shape, jax.dtypes.float0))
+    return _primitive.bind(x, size=size, stride=stride or size, padding=padding)[0]
 
 
 def _windows(x: jax.Array, size: int, stride: int, padding: int, beyond: float) -> list[jax.Array]:
@@ -78,6 +63,7 @@ def _output_shape(x: tuple[int, ...], size: int, stride: int, padding: int) -> t
     return (x[0], *((side + 2 * padding - size) // stride + 1 for side in x[1:3]), x[3])
 
 
+# Gives the maxima and the uint8 places of the first of them in their windows, row by row.
 _primitive = Primitive("max_pool")
 _primitive.multiple_results = True
 _primitive.def_impl(partial(apply_primitive, _primitive))
@@ -87,6 +73,16 @@ _primitive.def_impl(partial(apply_primitive, _primitive))
 def _shapes(x, **window):
     maxima = x.update(shape=_output_shape(x.shape, **window), weak_type=False)
     return maxima, maxima.update(dtype=jnp.dtype(jnp.uint8))
+
+
+def _jvp(primals, tangents, **window):
+    maxima, places = _primitive.bind(*primals, **window)
+    windows = enumerate(_windows(tangents[0], **window, beyond=0))
+    tangent = sum(jnp.where(places == i, pixels, 0) for i, pixels in windows)
+    return [maxima, places], [tangent, ad.Zero(jax.typeof(places).to_tangent_aval())]
+
+
+ad.primitive_jvps[_primitive] = _jvp
 
 
 def _xla_maxima(x: jax.Array, **window: int) -> list[jax.Array]:
