@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, a folder of digits that TFDS prepared, a run on them."""
+"""Eight CPU devices, a compiler in a hurry, a folder of digits that TFDS prepared, a run on them."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 
 # Before TFDS and JAX are imported: the user's data sets, devices and proxies are not the tests'
 # business.
@@ -14,8 +15,17 @@ os.environ.pop("TFDS_DATA_DIR", None)
 os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 os.environ["no_proxy"] = "127.0.0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of a test's time would be the compiler's. It does not optimise, here and in the programs
+# that the tests start, but for tests that ask for `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 from pathlib import Path
+
+import jaxlib.version
+
+if tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11):
+    # Twice as fast again. Later versions end a program that names this flag.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import jax
 import numpy as np
@@ -29,6 +39,32 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device() -> Iterator[None]:
+    """Runs take one device, on which our own convolutions are fast, not all that there are."""
+    from flax_resnet.training import mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "find_devices", lambda **_: jax.devices()[:1])
+        yield
+
+
+@pytest.fixture
+def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs take all devices."""
+    from flax_resnet.training import mesh
+
+    monkeypatch.setattr(mesh, "find_devices", lambda **_: jax.devices())
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """What the test compiles is optimised, as for users."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
