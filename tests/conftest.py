@@ -15,6 +15,7 @@ os.environ.pop("TFDS_DATA_DIR", None)
 os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 os.environ["no_proxy"] = "127.0.0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would wait for each other, and busily
 # Most of a test's time would be the compiler's. It does not optimise, here and in the programs
 # that the tests start, but for tests that ask for `optimized`.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -52,8 +53,8 @@ def one_device() -> Iterator[None]:
 
 
 @pytest.fixture
-def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs take all devices."""
+def eight_devices(monkeypatch: pytest.MonkeyPatch, optimized: None) -> None:
+    """Runs take all devices, where convolutions are XLA's, which are slow unless optimised."""
     from flax_resnet.training import mesh
 
     monkeypatch.setattr(mesh, "find_devices", lambda **_: jax.devices())

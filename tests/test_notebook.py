@@ -21,7 +21,7 @@ def test_it_is_stored_without_outputs():
 
 @pytest.mark.filterwarnings("default")  # of Jupyter's event loops
 def test_it_runs(tmp_path, digits_dir, monkeypatch):
-    for name in ("configs", "train.py"):
+    for name in ("configs", "train.py", "flax_resnet"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -92,7 +92,7 @@ def test_both_sides_compute_the_same_and_ours_trains(theirs, ours, rng):
 def folder(tmp_path_factory):
     """A folder like a clone of the repository, whose runs are not the user's."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("train.py", "configs"):
+    for name in ("train.py", "configs", "flax_resnet"):
         (folder / name).symlink_to(ROOT / name)
     return folder
 
@@ -113,9 +113,8 @@ def run(command, folder, data_dir, *, overrides=""):
     return result
 
 
-@pytest.fixture(scope="module")
-def tutorial(folder, digits_dir):
-    """The folder after the commands of the tutorial, and what its Python printed."""
+# One test, or two processes of pytest would run the tutorial.
+def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
     short = "--config.num_epochs=1 --config.warmup_epochs=0.5 --config.train_split=train[:256]"
     install, first, other, look, tensorboard, second, predict = blocks("tutorial.md", "sh")
     assert "pip install" in install
@@ -125,11 +124,7 @@ def tutorial(folder, digits_dir):
         run(command, folder, digits_dir, overrides=short)
     (folder / "tutorial.py").write_text("\n".join(blocks("tutorial.md", "python")))
     printed = run("python tutorial.py", folder, digits_dir).stdout
-    return folder, printed + run(predict, folder, digits_dir).stdout
-
-
-def test_tutorial(tutorial):
-    folder, printed = tutorial
+    printed += run(predict, folder, digits_dir).stdout
     assert {"curves.png", "metrics.jsonl", "checkpoints", "config.json", "dataset.json"} <= {
         path.name for path in (folder / "runs" / "first").iterdir()
     }
@@ -139,10 +134,7 @@ def test_tutorial(tutorial):
     )
     assert re.fullmatch(expected, printed), printed
 
-
-def test_export(tutorial, digits_dir):
     pytest.importorskip("flatbuffers")
-    folder, _ = tutorial
     for i, code in enumerate(blocks("how-to/export.md", "python")):
         (folder / f"export{i}.py").write_text(code)
         run(f"python export{i}.py", folder, digits_dir)

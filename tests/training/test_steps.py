@@ -117,7 +117,7 @@ def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
     chex.assert_trees_all_close(layers[0], fr.unstack_blocks(layers[1]), rtol=1e-3)
 
 
-def test_what_is_frozen_costs_nothing(monkeypatch):
+def test_what_is_frozen_costs_nothing(monkeypatch, optimized):
     monkeypatch.setattr(native, "load", lambda: 0)  # whose arithmetic XLA would not count
 
     def arithmetic_and_metrics(frozen):
@@ -204,7 +204,7 @@ def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_spl
     chex.assert_trees_all_close(several.batch_stats, one.batch_stats, rtol=1e-3, atol=1e-4)
 
 
-def test_per_replica_statistics_cross_no_devices():
+def test_per_replica_statistics_cross_no_devices(eight_devices):
     """What is left to sum over devices are the gradients, once a step, and the metrics."""
     mesh = make_mesh(16)
     everywhere = replicated(mesh)
@@ -352,12 +352,12 @@ def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     np.testing.assert_allclose(result["loss"], losses.mean(), rtol=1e-4)
 
 
-def test_devices_must_divide_the_batch():
+def test_devices_must_divide_the_batch(eight_devices):
     with pytest.raises(fr.InputError, match="batch_size=12 cannot be divided among 8 devices"):
         make_mesh(12)
 
 
-def test_parts_must_divide_the_batch():
+def test_parts_must_divide_the_batch(eight_devices):
     with pytest.raises(fr.InputError, match=r"8 devices in 3 accumulation_steps: take a multiple"):
         make_mesh(32, 3)
 
@@ -384,7 +384,7 @@ def test_fastest_dtype(platform, capability, dtype):
     assert fastest_dtype(device) == dtype
 
 
-def test_per_replica_is_a_split_a_device():
+def test_per_replica_is_a_split_a_device(eight_devices):
     mesh = make_mesh(8)
     assert build_model(Config(), 10, mesh).bn_splits == 1
     assert build_model(Config(batch_norm="per_replica"), 10, mesh).bn_splits == 8

@@ -202,10 +202,15 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     # The images and labels are 365 * 3,076 bytes, just above a quarter of this.
     monkeypatch.setattr(data, "_memory", lambda mesh: 4_400_000)
     devices = mesh.make_mesh(config.batch_size)
-    for data_feed, kind in (("auto", Source), ("resident", fr.Dataset), ("stream", Source)):
+    # The test split alone does fit.
+    for data_feed, kind, test_kind in (
+        ("auto", Source, fr.Dataset),
+        ("resident", fr.Dataset, fr.Dataset),
+        ("stream", Source, Source),
+    ):
         run = check_config(changed(config, data_feed=data_feed, stream_workers=0))
         splits = data.open_data(run, tmp_path, devices)
-        assert type(splits.train) is type(splits.test) is kind
+        assert (type(splits.train), type(splits.test)) == (kind, test_kind)
     monkeypatch.undo()
     assert type(data.open_data(check_config(config), tmp_path, devices).train) is fr.Dataset
 
@@ -268,7 +273,9 @@ def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkey
     assert steps_kept(tmp_path)[-1] == steps_kept(folder)[-1]
 
 
-def test_another_number_of_devices_goes_on_with_the_same_batches(config, tmp_path, monkeypatch):
+def test_another_number_of_devices_goes_on_with_the_same_batches(
+    config, tmp_path, monkeypatch, eight_devices
+):
     # A small learning rate: rounding, which differs, does not grow.
     config = changed(config, learning_rate=0.005, num_epochs=2)
     fr.train(config, tmp_path / "eight")
@@ -334,6 +341,20 @@ def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatc
     train_until(4, config, tmp_path / "stopped", monkeypatch)
     state = fr.train(config, tmp_path / "stopped")
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+
+
+def test_eight_devices_stop_and_go_on_to_the_same_bits(
+    config, tmp_path, monkeypatch, eight_devices
+):
+    config = changed(config, num_steps=6, learning_rate=0.01, warmup_epochs=0.0)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = fr.train(config, whole)
+    assert len(expected.step.sharding.device_set) == 8
+    streamed = changed(config, data_feed="stream", stream_workers=0)
+    train_until(4, streamed, stopped, monkeypatch)
+    state = fr.train(config, stopped)
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    assert without_timing(read_metrics(stopped)) == without_timing(read_metrics(whole))
 
 
 def test_many_steps_a_call(config, tmp_path, monkeypatch):
@@ -484,7 +505,7 @@ def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch, denied):
         fr.train(config, tmp_path / "run")
 
 
-def test_sizes_that_do_not_fit(config, tmp_path):
+def test_sizes_that_do_not_fit(config, tmp_path, eight_devices):
     with pytest.raises(fr.InputError, match="batch_size=36 cannot be divided among 8 devices"):
         fr.train(changed(config, batch_size=36), tmp_path)
     with pytest.raises(fr.InputError, match="batch_size=512 of only 264 examples"):
