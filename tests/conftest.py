@@ -1,4 +1,4 @@
-"""Eight CPU devices, a compiler in a hurry, a folder of digits that TFDS prepared, a run on them."""
+"""Eight CPU devices, a compiler in a hurry, digits that TFDS prepared, a run on them."""
 
 import io
 import json
