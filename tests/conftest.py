@@ -1,5 +1,6 @@
 """Eight CPU devices, a compiler in a hurry, digits that TFDS prepared, a run on them."""
 
+import contextlib
 import io
 import json
 import os
@@ -16,16 +17,13 @@ os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 os.environ["no_proxy"] = "127.0.0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would wait for each other, and busily
-# Most of a test's time would be the compiler's. It does not optimise, here and in the programs
-# that the tests start, but for tests that ask for `optimized`.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 from pathlib import Path
 
 import jaxlib.version
 
 if tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11):
-    # Twice as fast again. Later versions end a program that names this flag.
+    # Compiling takes a third of the time. Later versions end a program that names this flag.
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import jax
@@ -35,6 +33,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a test's time would be the compiler's. Not so in whole runs, most of which are the same
+# program from JAX's cache, and in programs that the tests start.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -60,12 +61,31 @@ def eight_devices(monkeypatch: pytest.MonkeyPatch, optimized: None) -> None:
     monkeypatch.setattr(mesh, "find_devices", lambda **_: jax.devices())
 
 
+@contextlib.contextmanager
+def optimizing() -> Iterator[None]:
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """What the test compiles is optimised, as for users."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    with optimizing():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def optimized_runs() -> Iterator[None]:
+    """What whole runs compile is."""
+    from flax_resnet.training import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_train_on", optimizing()(launch._train_on))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

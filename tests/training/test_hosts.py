@@ -32,9 +32,7 @@ RUN = (
 
 
 def start(workdir, digits_dir, *arguments):
-    # Several processes take XLA's convolutions, which are slow unless optimised.
-    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-    environment = os.environ | optimized | {"TFDS_DATA_DIR": str(digits_dir)}
+    environment = os.environ | {"TFDS_DATA_DIR": str(digits_dir)}
     command = [sys.executable, ROOT / "train.py", *RUN, f"--workdir={workdir}", *arguments]
     return subprocess.Popen(
         command,
