@@ -137,6 +137,7 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path, user_cache, command_line):
         *short,
         data_dir=digits_dir,
         JAX_COMPILATION_CACHE_DIR="",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="true",  # two steps are not worth it
         # All of them, or it would depend on how busy the machine is which are kept.
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )

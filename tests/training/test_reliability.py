@@ -93,6 +93,9 @@ def test_signal_loses_nothing(
     assert_same_run(fr.train(config, tmp_path), tmp_path, finished)
 
 
+SMALL = ("--config.train_split=train[:128]", "--config.eval_split=test[:32]")
+
+
 @pytest.fixture
 def program(digits_dir, tmp_path):
     """Starts train.py on the digits."""
@@ -133,7 +136,7 @@ def test_signal_ends_the_program(program, begun, signals, codes):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_group_leaves_the_readers(program, number):
-    with program("--config.data_feed=stream", "--config.stream_workers=1") as process:
+    with program(*SMALL, "--config.data_feed=stream", "--config.stream_workers=1") as process:
         for line in process.stderr:
             if line.startswith("epoch 1/"):
                 break
@@ -272,8 +275,7 @@ def parent_of(stat):
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
 def test_killed_run_leaves_no_process_behind(program):
-    small = ("--config.train_split=train[:128]", "--config.eval_split=test[:32]")
-    with program("--config.data_feed=stream", "--config.stream_workers=1", *small) as process:
+    with program(*SMALL, "--config.data_feed=stream", "--config.stream_workers=1") as process:
         for line in process.stderr:
             if line.startswith("epoch 1/"):
                 break
