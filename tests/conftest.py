@@ -20,12 +20,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would wait for each oth
 
 from pathlib import Path
 
-import jaxlib.version
-
-if tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11):
-    # Compiling takes a third of the time. Later versions end a program that names this flag.
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
-
 import jax
 import numpy as np
 import platformdirs

@@ -77,7 +77,7 @@ def _shapes(x, **window):
 
 def _jvp(primals, tangents, **window):
     maxima, places = _primitive.bind(*primals, **window)
-    windows = enumerate(_windows(tangents[0], **window, beyond=0))
+    windows = enumerate(_windows(tangents[0], **window, beyond=0.0))
     tangent = sum(jnp.where(places == i, pixels, 0) for i, pixels in windows)
     return [maxima, places], [tangent, ad.Zero(jax.typeof(places).to_tangent_aval())]
 

@@ -179,19 +179,21 @@ def drawn(rng):
 def test_adamw_and_clipping_are_those_of_torch(rng, name, clip_norm):
     initial, gradients = drawn(rng)
     config = Config(optimizer=name, learning_rate=0.03, weight_decay=0.1, clip_norm=clip_norm)
-    twins = [torch.tensor(v, requires_grad=True) for v in initial.values()]
-    twin = torch.optim.AdamW(twins, lr=0.03, weight_decay=0.1)
+    twins = {name: torch.tensor(v, requires_grad=True) for name, v in initial.items()}
+    twin = torch.optim.AdamW(twins.values(), lr=0.03, weight_decay=0.1)
     if name == "sgd":
-        twin = torch.optim.SGD(twins, lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.1)
+        twin = torch.optim.SGD(
+            twins.values(), lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.1
+        )
     for gradient in gradients:
-        for v, g in zip(twins, gradient.values(), strict=True):
-            v.grad = torch.tensor(g)
+        for key, v in twins.items():
+            v.grad = torch.tensor(gradient[key])
         if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(twins, clip_norm)
+            torch.nn.utils.clip_grad_norm_(twins.values(), clip_norm)
         twin.step()
     ours = updated(config, initial, gradients)
-    for v, one in zip(twins, ours.values(), strict=True):
-        np.testing.assert_allclose(one, v.detach(), rtol=1e-4, atol=1e-5)
+    for key, v in twins.items():
+        np.testing.assert_allclose(ours[key], v.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_lars_is_that_of_its_paper(rng):
