@@ -78,7 +78,7 @@ def optimized_runs() -> Iterator[None]:
     from flax_resnet.training import launch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_train_on", optimizing()(launch._train_on))
+        patch.setattr(launch, "_train", optimizing()(launch._train))
         yield
 
 
