@@ -127,6 +127,7 @@ def run(arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_program_writes_figures(digits_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "DEPTHS", dict.fromkeys((20, 56, 110), fr.cifar_resnet8))
     monkeypatch.setattr(program, "lab10_resnet50", partial(tiny, fr.Bottleneck, (1, 1)))

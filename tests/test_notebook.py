@@ -19,6 +19,7 @@ def test_it_is_stored_without_outputs():
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's event loops
 def test_it_runs(tmp_path, digits_dir, monkeypatch):
     for name in ("configs", "train.py", "flax_resnet"):

@@ -116,6 +116,7 @@ def run(command, folder, data_dir, *, overrides=""):
 
 
 # One test, or two processes of pytest would run the tutorial.
+@pytest.mark.slow
 def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
     short = (
         "--config.num_epochs=1 --config.warmup_epochs=0.5 --config.train_split=train[:64] "
@@ -145,6 +146,7 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
         run(f"python export{i}.py", folder, digits_dir)
 
 
+@pytest.mark.slow
 def test_own_pictures(folder, digits_dir, rng):
     for split, count in (("train", 20), ("val", 5)):
         for name in ("cat", "dog"):

@@ -1,7 +1,6 @@
 """Sizes, shapes and initial values of the models."""
 
 import ast
-import functools
 import inspect
 import pickle
 import re
@@ -113,17 +112,27 @@ def test_every_model_has_its_count_here_or_is_one_of_timm():
     assert all(VARIANTS[name].hub_id() or name in ("seresnet18", "seresnet34") for name in others)
 
 
-@functools.cache
-def variables_of(name):
-    """Shapes of the variables of `create_model(name)`; the deep nets take seconds."""
-    return init_shapes(fr.create_model(name))
+# The deepest nets take seconds.
+DEEP = ("cifar_resnet1202", "cifar_preact_resnet1001")
+NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in PARAMETERS]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_count(name):
-    params = variables_of(name)["params"]
-    assert sum(p.size for p in jax.tree.leaves(params)) == PARAMETERS[name]
+# One test, so that a net is traced but once in each type.
+@pytest.mark.parametrize("name", NAMES)
+def test_parameter_count_and_float32_logits(name):
+    model = fr.create_model(name)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    init = partial(model.init_with_output, train=False)
+    logits, variables = jax.eval_shape(init, jax.random.key(0), x)
+    assert sum(p.size for p in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
     assert float(f"{PARAMETERS[name] / 1e6:.4g}") == VARIANTS[name].parameters
+
+    half = fr.create_model(name, dtype=jnp.bfloat16)
+    if isinstance(model, fr.ResNet):
+        half = half.clone(scan_blocks=True)  # is traced sooner
+    of_half = jax.eval_shape(partial(half.apply, train=False), variables, x)
+    for result in (logits, of_half):
+        assert (result.shape, result.dtype) == ((2, model.num_classes), jnp.float32)
 
 
 def test_the_table_of_models_is_up_to_date():
@@ -141,18 +150,6 @@ def test_the_table_of_models_is_up_to_date():
 def test_parameter_count_is_the_published_one(name):
     digits = len(MILLIONS[name].partition(".")[2])
     assert f"{PARAMETERS[name] / 1e6:.{digits}f}" == MILLIONS[name]
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_every_model_gives_float32_logits(name, dtype):
-    # Scanned blocks are traced sooner.
-    model = fr.create_model(name, dtype=dtype)
-    if isinstance(model, fr.ResNet):
-        model = model.clone(scan_blocks=True)
-    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-    logits = jax.eval_shape(partial(model.apply, train=False), variables_of(name), x)
-    assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
 
 
 @pytest.mark.parametrize("name", fr.list_models())
@@ -231,7 +228,7 @@ def test_images_of_any_size(name, size, reductions):
     model = fr.create_model(name)
     images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
     apply = partial(model.apply, train=False, features=True)
-    outputs = jax.eval_shape(apply, variables_of(name), images)
+    outputs = jax.eval_shape(apply, init_shapes(model), images)
     stages = ["stem", *(f"layer{i}" for i in range(1, len(reductions)))]
     for stage, reduction in zip(stages, reductions, strict=True):
         assert outputs[stage].shape[1:3] == tuple(-(-side // reduction) for side in size)

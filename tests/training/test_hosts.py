@@ -69,6 +69,7 @@ def start_two(workdir, digits_dir, *arguments):
     return [start(workdir, digits_dir, *arguments, *meet, f"--process_id={i}") for i in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(alone, digits_dir, tmp_path):
     processes = start_two(tmp_path, digits_dir)
     first, second = (finish(process) for process in processes)
@@ -88,6 +89,7 @@ def assert_same_losses(together, alone):
         assert correct == pytest.approx(round(correct))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
     feed = ("--config.data_feed=stream", "--config.stream_workers=0")
     processes = start_two(tmp_path, digits_dir, *feed)

@@ -456,6 +456,7 @@ def test_second_run_in_one_folder_is_refused(finished, config, tmp_path):
     fr.train(config, copy)
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path, digits_dir):
     if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("no file system of its own for the test")

@@ -273,6 +273,7 @@ def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkey
     assert steps_kept(tmp_path)[-1] == steps_kept(folder)[-1]
 
 
+@pytest.mark.slow
 def test_another_number_of_devices_goes_on_with_the_same_batches(
     config, tmp_path, monkeypatch, eight_devices
 ):
