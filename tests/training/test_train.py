@@ -351,9 +351,8 @@ def test_eight_devices_stop_and_go_on_to_the_same_bits(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     expected = fr.train(config, whole)
     assert len(expected.step.sharding.device_set) == 8
-    streamed = changed(config, data_feed="stream", stream_workers=0)
-    train_until(4, streamed, stopped, monkeypatch)
-    state = fr.train(config, stopped)
+    train_until(4, config, stopped, monkeypatch)
+    state = fr.train(changed(config, data_feed="stream", stream_workers=0), stopped)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
     assert without_timing(read_metrics(stopped)) == without_timing(read_metrics(whole))
 
