@@ -138,8 +138,9 @@ def test_tensorboard_shows_layers(finished):
             value = histogram.histogram_value
             assert value.num == sum(value.bucket) == 8  # steps
         squares += [histogram.histogram_value.sum_squares / 8 for histogram in histograms]
-    # The kernels have most of the gradient, and not more than all.
-    assert (squares < 1.1 * np.square([r["gradient_norm"] for r in records])).all()
+    # The kernels have most of the gradient, and not more than all; but the mean of squares is
+    # above the square of the mean, by the variance over the steps.
+    assert (squares < 1.3 * np.square([r["gradient_norm"] for r in records])).all()
 
     scale = np.asarray(state.params["layer2_0"]["bn1"]["scale"])
     value = events.Histograms("scale/layer2.0.bn1")[-1].histogram_value
