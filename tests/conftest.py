@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Before TFDS and JAX are imported: the user's data sets, devices and proxies are not the tests'
 # business.
@@ -150,13 +150,27 @@ def config(digits_dir: Path):
     return config
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plot_curves() -> Iterator[Callable[..., None]]:
+    """Runs draw no curves: a third of a second each."""
+    from flax_resnet.training import writers
+
+    with pytest.MonkeyPatch.context() as patch:
+        drawing = writers.plot_curves
+        patch.setattr(writers, "plot_curves", lambda *_: None)
+        yield drawing
+
+
 @pytest.fixture(scope="session")
-def finished(config, tmp_path_factory: pytest.TempPathFactory):
-    """(workdir, state) of a run that nothing disturbed."""
+def finished(config, plot_curves, tmp_path_factory: pytest.TempPathFactory):
+    """(workdir, state) of a run that nothing disturbed; with its curves."""
     import flax_resnet as fr
+    from flax_resnet.training import writers
 
     folder = tmp_path_factory.mktemp("run")
-    return folder, fr.train(config, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, "plot_curves", plot_curves)
+        return folder, fr.train(config, folder)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def ours(theirs):
 
 
 # One test, or two processes of pytest would run the page.
+@pytest.mark.slow
 def test_both_sides_compute_the_same_and_ours_trains(theirs, ours, rng):
     layers = (2, 1, 1, 1)
     images = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)

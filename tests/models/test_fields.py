@@ -52,7 +52,9 @@ def init(model, x):
     return program(jax.random.key(0), x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k == "basic" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_scanned_blocks_are_the_same_blocks(kind, rng):
     x = images_of(rng)
     variables = init(small(kind), x)

@@ -112,13 +112,14 @@ def test_every_model_has_its_count_here_or_is_one_of_timm():
     assert all(VARIANTS[name].hub_id() or name in ("seresnet18", "seresnet34") for name in others)
 
 
-# The deepest nets take seconds.
-DEEP = ("cifar_resnet1202", "cifar_preact_resnet1001")
-NAMES = [pytest.param(n, marks=pytest.mark.slow) if n in DEEP else n for n in PARAMETERS]
+def deep_is_slow(name):
+    """A name to parametrize with; the deepest nets take seconds."""
+    deep = name in ("cifar_resnet1202", "cifar_preact_resnet1001")
+    return pytest.param(name, marks=pytest.mark.slow) if deep else name
 
 
 # One test, so that a net is traced but once in each type.
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [deep_is_slow(name) for name in PARAMETERS])
 def test_parameter_count_and_float32_logits(name):
     model = fr.create_model(name)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -15,6 +15,7 @@ import pytest
 import flax_resnet as fr
 from flax_resnet.models.layers import GroupNorm
 from flax_resnet.models.pooling import max_pool2d
+from tests.models.test_resnet import deep_is_slow
 
 torch = pytest.importorskip("torch")
 from tests.models import torch_resnet  # noqa: E402
@@ -315,7 +316,7 @@ def test_round_trip_of_vgg_is_exact(batch_norm):
     assert_round_trip(fr.VGG((1, 2), **fields), gray)
 
 
-@pytest.mark.parametrize("name", torch_resnet.TWINS)
+@pytest.mark.parametrize("name", [deep_is_slow(name) for name in torch_resnet.TWINS])
 def test_state_dict_of_every_model_is_that_of_its_twin(name):
     """Names and shapes, and all twins have their state_dict from PyTorch itself."""
     with torch.device("meta"):

@@ -248,7 +248,7 @@ def _cnn():
 
 def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path):
     _, expected = own_run
-    for feed, workers in (("auto", 0), ("stream", 0), ("stream", 1)):
+    for feed, workers in (("auto", 0), ("stream", 1)):
         config = CONFIG | {"data_feed": feed, "stream_workers": workers}
         own = own_but(data=tuple(map(Listed, DATA)))
         state = fr.train(config, tmp_path / f"{feed}{workers}", **own)

@@ -133,6 +133,7 @@ def test_prediction_prepares_a_picture_as_evaluation_did(photos_run, pictures, c
         assert shown["blue"] == pytest.approx(probabilities[i, 0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
     """Without random crops they are images of one size like any other."""
     config = config_of(pictures, crop="padded", crop_padding=2, num_epochs=1)

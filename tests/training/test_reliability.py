@@ -119,7 +119,11 @@ def program(digits_dir, tmp_path):
     ],
     ids=["SIGTERM", "SIGINT", "SIGINT twice"],
 )
-@pytest.mark.parametrize("begun", [True, False], ids=["training", "compiling"])
+@pytest.mark.parametrize(
+    "begun",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["training", "compiling"],
+)
 def test_signal_ends_the_program(program, begun, signals, codes):
     with program("--config.num_epochs=1000") as process:
         for line in process.stderr:
@@ -134,7 +138,9 @@ def test_signal_ends_the_program(program, begun, signals, codes):
     assert "Traceback" not in rest
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_signal_to_the_group_leaves_the_readers(program, number):
     with program(*SMALL, "--config.data_feed=stream", "--config.stream_workers=1") as process:
         for line in process.stderr:
@@ -232,7 +238,7 @@ def test_replaced_checkpoint_comes_back_where_it_is_needed(stopped, stopped_once
 # SIGKILL, in the middle of a checkpoint. benchmarks/faults.py kills at any moment.
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3])
+@pytest.mark.parametrize("checkpoints", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_kill_while_a_checkpoint_is_written(finished, config, tmp_path, checkpoints):
     script = textwrap.dedent("""
         import json, os, signal, sys

@@ -216,7 +216,10 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     assert type(data.open_data(check_config(config), tmp_path, devices).train) is fr.Dataset
 
 
-@pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])
+@pytest.mark.parametrize(
+    ("feed", "next_feed"),
+    [("resident", "stream"), pytest.param("stream", "resident", marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_with_the_other_feed(
     feed, next_feed, finished, config, tmp_path, monkeypatch
 ):
@@ -329,6 +332,7 @@ def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
         assert record["images_per_second"] * record["seconds"] > 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -345,6 +349,7 @@ def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatc
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
 
 
+@pytest.mark.slow
 def test_eight_devices_stop_and_go_on_to_the_same_bits(
     config, tmp_path, monkeypatch, eight_devices
 ):
