@@ -56,7 +56,7 @@ FACTS = {
     "cifar_speedrun": {"model": "cifar_resnet9", "schedule": "onecycle"},
     "lab10_resnet50": {"model": "lab10_resnet50", "batch_size": 256, "horizontal_flip": False,
                        "num_epochs": 20, "learning_rate": 0.1, "momentum": 0.9,
-                       "weight_decay": 5e-4, "schedule": "step"},
+                       "weight_decay": 5e-4, "schedule": "cosine"},
     "digits_resnet8": {"model": "cifar_resnet8", "dataset": "digits", "horizontal_flip": False},
     "fashion_mnist": {"model": "cifar_resnet20", "dataset": "fashion_mnist",
                       "horizontal_flip": True, "schedule": "onecycle"},
