@@ -113,8 +113,8 @@ def test_every_model_has_its_count_here_or_is_one_of_timm():
 
 
 def deep_is_slow(name):
-    """A name to parametrize with; the deepest nets take seconds."""
-    deep = name in ("cifar_resnet1202", "cifar_preact_resnet1001")
+    """A name to parametrize with; nets of 100 layers and more take seconds."""
+    deep = any(int(number) >= 100 for number in re.findall(r"\d+", name))
     return pytest.param(name, marks=pytest.mark.slow) if deep else name
 
 
