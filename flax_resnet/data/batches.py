@@ -151,8 +151,12 @@ class EvalBatches:
         return {"image": image, "label": label, "mask": mask}
 
 
-def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Arrays]:
+def stream(
+    batches: TrainBatches | EvalBatches, workers: int, threads: int = 1
+) -> Generator[Arrays]:
     """Every batch in turn, read ahead by that many processes of Grain; by this one if 0.
+
+    Each of them reads in so many threads.
 
     Close it, or read it to its end, for the processes to end. They import the script that calls
     it, which therefore does so under `if __name__ == "__main__":`.
@@ -161,7 +165,7 @@ def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Array
         _remove_memory_of_the_dead()
     prefix = f"{_NAME}-{_namespace()}-{os.getpid()}-{secrets.token_hex(4)}-"
     try:
-        yield from _read(batches, workers, prefix)
+        yield from _read(batches, workers, threads, prefix)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # which hold batches too
         gc.collect()
@@ -171,14 +175,16 @@ def stream(batches: TrainBatches | EvalBatches, workers: int) -> Generator[Array
         gc.collect()  # Grain leaves the last batch in a cycle, and the memory that it shares
 
 
-def _read(batches: TrainBatches | EvalBatches, workers: int, prefix: str) -> Generator[Arrays]:
+def _read(
+    batches: TrainBatches | EvalBatches, workers: int, threads: int, prefix: str
+) -> Generator[Arrays]:
     import grain  # half a second, for streaming alone
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also outside of programs
         flags.FLAGS.mark_as_parsed()
     source: Any = batches  # Grain asks for more than the two methods that it uses
     dataset: Any = grain.MapDataset.source(source).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     )
     if workers:
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)

@@ -1,22 +1,29 @@
 """Splits of pictures of any size: what a net sees of them in training and in evaluation."""
 
+import contextlib
 import hashlib
 import importlib.metadata
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
 from flax_resnet.data.datasets import Dataset
 from flax_resnet.data.pictures import (
+    Frame,
+    Picture,
     Sizing,
+    decoded,
+    draw_part,
+    frame_of,
+    middle,
     opened,
+    part,
     read_for_evaluation,
     read_for_training,
     upright,
@@ -26,6 +33,7 @@ from flax_resnet.models.caches import cache_folder
 from flax_resnet.progress import bar, warn
 
 _SHOWN = 3
+_SAMPLE = 64
 
 
 class Pictures(Protocol):
@@ -38,7 +46,7 @@ class Pictures(Protocol):
 
     def __len__(self) -> int: ...
 
-    def files(self, index: np.ndarray) -> tuple[Sequence[str | io.BytesIO], np.ndarray]:
+    def files(self, index: np.ndarray) -> tuple[Sequence[Picture], np.ndarray]:
         """The pictures, and their labels, int32 [n]."""
         ...
 
@@ -52,16 +60,30 @@ class Photos:
 
     It can be pickled, and every process reads by itself.
 
+    Args:
+      pictures: the files.
+      sizing: how they come to one size.
+      random_crops: whether training takes a random part of each picture, another every epoch.
+      keep: whether a picture stays decoded in memory once it is read; the images are the same.
+
     Attributes:
       image_shape: (image_size, image_size, channels).
       class_names: one name a class.
-      random_crops: whether training takes a random part of each picture, another every epoch.
+      random_crops: as given.
     """
 
     can_be_streamed = True
 
-    def __init__(self, pictures: Pictures, sizing: Sizing, *, random_crops: bool = False):
-        self._pictures, self._sizing, self.random_crops = pictures, sizing, random_crops
+    def __init__(
+        self,
+        pictures: Pictures,
+        sizing: Sizing,
+        *,
+        random_crops: bool = False,
+        keep: bool = False,
+    ):
+        self._pictures, self._sizing = pictures, sizing
+        self.random_crops, self._kept = random_crops, _Kept() if keep else None
         self.class_names = pictures.class_names
         self.image_shape = (sizing.image_size, sizing.image_size, sizing.channels)
 
@@ -73,34 +95,72 @@ class Photos:
         """Bytes of the images and labels."""
         return len(self) * (int(np.prod(self.image_shape)) + 4)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether pictures stay in memory."""
+        return self._kept is not None
+
+    def keeping(self) -> "Photos":
+        """The same split, with `keep`."""
+        return Photos(self._pictures, self._sizing, random_crops=self.random_crops, keep=True)
+
+    def estimate_kept(self) -> int:
+        """Bytes that `keep` will take, judged by the first pictures.
+
+        Raises:
+          InputError: if one of them cannot be read.
+        """
+        files, _ = self._pictures.files(np.arange(min(_SAMPLE, len(self))))
+        pixels = 0
+        for i, file in enumerate(files):
+            with self._named(i), opened(file) as image:
+                pixels += image.width * image.height
+        # Of Pillow's, which takes four bytes for three channels; and at 1/2, 1/4, 1/8 too.
+        return int(pixels / len(files) * len(self) * (1 if self._sizing.mode == "L" else 4) * 4 / 3)
+
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images as in evaluation, uint8 [n, *image_shape], and labels, int32 [n].
 
         Raises:
           InputError: if one cannot be read.
         """
-        return self._read(index, [partial(read_for_evaluation, sizing=self._sizing)] * len(index))
+        return self._read(index, [None] * len(index))
 
     def read_crops(
         self, index: np.ndarray, randoms: Iterable[np.random.Generator]
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `read`, but of each picture a random part, by its own generator."""
-        return self._read(
-            index,
-            [partial(read_for_training, sizing=self._sizing, random=random) for random in randoms],
-        )
+        return self._read(index, randoms)
 
     def _read(
-        self, index: np.ndarray, readers: Sequence[Callable[[Any], np.ndarray]]
+        self, index: np.ndarray, randoms: Iterable[np.random.Generator | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         files, labels = self._pictures.files(index)
         images = np.empty((len(index), *self.image_shape), np.uint8)
-        for place, (i, file, read) in enumerate(zip(index, files, readers, strict=True)):
-            try:
-                images[place] = read(file)
-            except InputError as error:
-                raise InputError(f"{self._pictures.where(i)}: {error}") from error
+        for place, (i, file, random) in enumerate(zip(index, files, randoms, strict=True)):
+            with self._named(i):
+                images[place] = self._image(int(i), file, random)
         return images, labels
+
+    def _image(self, i: int, file: Picture, random: np.random.Generator | None) -> np.ndarray:
+        sizing = self._sizing
+        if random is None:
+            if self._kept is None:
+                return read_for_evaluation(file, sizing)
+            return middle(self._kept.picture(i, file, sizing.mode), sizing)
+        if self._kept is None:
+            return read_for_training(file, sizing, random)
+        frame = self._kept.frame(i, file)
+        box, factor = draw_part(random, frame, sizing)
+        picture = self._kept.picture(i, file, sizing.mode, factor)
+        return part(picture, frame, box, sizing, random)
+
+    @contextlib.contextmanager
+    def _named(self, i: int) -> Iterator[None]:
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self._pictures.where(i)}: {error}") from error
 
     def load(self) -> Dataset:
         """All images, as in evaluation, in memory."""
@@ -110,6 +170,27 @@ class Photos:
             parts = list(bar(threads.map(self.read, chunks), len(chunks), what, unit=" batches"))
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Dataset(images, labels, self.class_names)
+
+
+class _Kept:
+    """Pictures that have been decoded, at each factor that was asked for."""
+
+    def __init__(self) -> None:
+        self._frames: dict[int, Frame] = {}
+        self._pictures: dict[tuple[int, int], Image.Image] = {}
+
+    def frame(self, i: int, file: Picture) -> Frame:
+        if i not in self._frames:
+            with opened(file) as image:
+                self._frames[i] = frame_of(image)
+        return self._frames[i]
+
+    def picture(self, i: int, file: Picture, mode: str, factor: int = 1) -> Image.Image:
+        key = i, factor
+        if key not in self._pictures:
+            with opened(file) as image:
+                self._pictures[key] = decoded(image, mode, factor)
+        return self._pictures[key]
 
 
 def find_bad(pictures: Any) -> list[int]:

@@ -5,6 +5,7 @@ import functools
 import io
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from flax_resnet.data.auto_augment import AutoAugment, auto_augment
 from flax_resnet.errors import InputError, one_line
 
 # What Pillow decodes within the process; PostScript, say, it would hand to Ghostscript.
@@ -27,7 +29,8 @@ INTERPOLATIONS = {
 }
 _ATTEMPTS = 10
 
-Box = tuple[float, float, float, float]  # left, upper, right, lower
+Picture = str | Path | io.BytesIO  # a file, or what one holds
+Box = tuple[int, int, int, int]  # left, upper, right, lower
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Sizing:
       channels: 1 (grey) or 3 (RGB).
       crop_area, crop_ratio: range of a random crop's share of the picture, and of its width by
         its height.
+      auto_augment: of training images, see `flax_resnet.data.auto_augment`.
     """
 
     image_size: int
@@ -49,6 +53,7 @@ class Sizing:
     channels: int = 3
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    auto_augment: AutoAugment = "none"
 
     @property
     def mode(self) -> str:
@@ -57,7 +62,7 @@ class Sizing:
 
 
 @contextlib.contextmanager
-def opened(source: str | Path | io.BytesIO) -> Iterator[Image.Image]:
+def opened(source: Picture) -> Iterator[Image.Image]:
     """A picture whose pixels are not decoded yet.
 
     Raises:
@@ -65,14 +70,34 @@ def opened(source: str | Path | io.BytesIO) -> Iterator[Image.Image]:
         twice as many pixels as `PIL.Image.MAX_IMAGE_PIXELS`, 179 million as Pillow comes.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow: large, or with odd metadata
-            with Image.open(source, formats=_decoders()) as image:
-                yield image
+        with _without_warnings(), Image.open(source, formats=_decoders()) as image:
+            yield image
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(_reason(error)) from error
+
+
+_hushing = threading.Lock()
+_hushed = 0  # pictures open at the moment
+_filters = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow's: large, or with odd metadata; pictures may be open in several threads."""
+    global _hushed
+    with _hushing:
+        if not _hushed:
+            _filters.enter_context(warnings.catch_warnings(action="ignore"))
+        _hushed += 1
+    try:
+        yield
+    finally:
+        with _hushing:
+            _hushed -= 1
+            if not _hushed:
+                _filters.close()
 
 
 @functools.cache
@@ -96,7 +121,11 @@ def upright(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def _reason(error: Exception) -> str:
@@ -137,7 +166,40 @@ def find_pictures(folder: str | Path) -> list[Path]:
     return sorted(found)
 
 
-def read_for_evaluation(source: str | Path | io.BytesIO, sizing: Sizing) -> np.ndarray:
+@dataclass(frozen=True)
+class Frame:
+    """What a picture tells before it is decoded.
+
+    Attributes:
+      width, height: upright.
+      is_jpeg: whether it can be decoded at 1/2, 1/4 and 1/8 of its size.
+    """
+
+    width: int
+    height: int
+    is_jpeg: bool
+
+
+def frame_of(image: Image.Image) -> Frame:
+    """Of a picture that `opened` gives."""
+    width, height = reversed(image.size) if _is_turned(image) else image.size
+    return Frame(width, height, image.format in ("JPEG", "MPO"))
+
+
+def decoded(image: Image.Image, mode: str, factor: int = 1) -> Image.Image:
+    """A picture that `opened` gives, as `upright`, at 1 / factor of its size.
+
+    Args:
+      image: not decoded yet.
+      mode: "L" or "RGB".
+      factor: 1, or of a JPEG 2, 4 or 8 (libjpeg's scaled decoding).
+    """
+    if factor > 1:
+        image.draft(None, (image.width // factor, image.height // factor))
+    return _in_mode(upright(image), mode)
+
+
+def read_for_evaluation(source: Picture, sizing: Sizing) -> np.ndarray:
     """The middle of a picture, as torchvision's presets for evaluation take it.
 
     The shorter side is resized to `eval_resize`, and `image_size` squared cut out of the middle.
@@ -149,22 +211,24 @@ def read_for_evaluation(source: str | Path | io.BytesIO, sizing: Sizing) -> np.n
       InputError: see `opened`.
     """
     with opened(source) as image:
-        image = upright(image).convert(sizing.mode)
-        short = min(image.size)
-        width, height = (int(sizing.eval_resize * side / short) for side in image.size)
-        size = sizing.image_size
-        resized = image.resize((width, height), INTERPOLATIONS[sizing.interpolation])
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        return _pixels(resized.crop((left, top, left + size, top + size)))
+        return middle(decoded(image, sizing.mode), sizing)
 
 
-def read_for_training(
-    source: str | Path | io.BytesIO, sizing: Sizing, random: np.random.Generator
-) -> np.ndarray:
+def middle(image: Image.Image, sizing: Sizing) -> np.ndarray:
+    """Of a decoded picture: see `read_for_evaluation`."""
+    short = min(image.size)
+    width, height = (int(sizing.eval_resize * side / short) for side in image.size)
+    size = sizing.image_size
+    resized = image.resize((width, height), INTERPOLATIONS[sizing.interpolation])
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return _pixels(resized.crop((left, top, left + size, top + size)))
+
+
+def read_for_training(source: Picture, sizing: Sizing, random: np.random.Generator) -> np.ndarray:
     """A random part of a picture, resized: as torchvision's RandomResizedCrop.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part is still larger than what
-    is made of it (libjpeg's scaled decoding).
+    is made of it. Then `auto_augment` of the sizing.
 
     Returns:
       uint8 [image_size, image_size, channels].
@@ -172,21 +236,37 @@ def read_for_training(
     Raises:
       InputError: see `opened`.
     """
-    size = sizing.image_size
     with opened(source) as image:
-        width, height = reversed(image.size) if _is_turned(image) else image.size
-        box = random_box(random, width, height, sizing.crop_area, sizing.crop_ratio)
-        shrink = min(box[2] - box[0], box[3] - box[1]) / size
-        if shrink >= 2 and image.format in ("JPEG", "MPO"):
-            factor = 2 ** min(3, int(math.log2(shrink)))
-            image.draft(None, (image.width // factor, image.height // factor))
-        image = upright(image).convert(sizing.mode)
-        if image.size == (width, height):
-            image, box = image.crop(box), None  # so that nothing beyond the part is in it
-        else:
-            across, down = image.width / width, image.height / height
-            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-        return _pixels(image.resize((size, size), INTERPOLATIONS[sizing.interpolation], box))
+        frame = frame_of(image)
+        box, factor = draw_part(random, frame, sizing)
+        return part(decoded(image, sizing.mode, factor), frame, box, sizing, random)
+
+
+def draw_part(random: np.random.Generator, frame: Frame, sizing: Sizing) -> tuple[Box, int]:
+    """A random part of a picture, and the factor at which it is enough to decode that."""
+    box = random_box(random, frame.width, frame.height, sizing.crop_area, sizing.crop_ratio)
+    shrink = min(box[2] - box[0], box[3] - box[1]) / sizing.image_size
+    return box, 2 ** min(3, int(math.log2(shrink))) if frame.is_jpeg and shrink >= 2 else 1
+
+
+def part(
+    image: Image.Image, frame: Frame, box: Box, sizing: Sizing, random: np.random.Generator
+) -> np.ndarray:
+    """A part of a decoded picture: see `read_for_training`.
+
+    Args:
+      image: as `decoded`, at any factor.
+      frame: of the whole picture, in whose pixels the box is.
+      box, random, sizing: as of `draw_part`; what follows is drawn from where that ended.
+    """
+    if image.size == (frame.width, frame.height):
+        image, inside = image.crop(box), None  # so that nothing beyond the part is in it
+    else:
+        across, down = image.width / frame.width, image.height / frame.height
+        inside = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+    size = (sizing.image_size, sizing.image_size)
+    image = image.resize(size, INTERPOLATIONS[sizing.interpolation], inside)
+    return _pixels(auto_augment(image, random, sizing.auto_augment))
 
 
 def _is_turned(image: Image.Image) -> bool:

@@ -64,6 +64,10 @@ class Config:
     crop_padding: int = 4
     crop_area: tuple[float, ...] = (0.08, 1.0)
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    # Of crop "resized", after it: "randaugment" does two operations to each image (Cubuk et al.,
+    # arXiv:1909.13719), "trivialaugment" one of any strength (Mueller and Hutter,
+    # arXiv:2103.10158), as torchvision's RandAugment and TrivialAugmentWide.
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     horizontal_flip: bool = True
     # Pixels a side of a square hidden at a random place of every training image; 0 for none.
     cutout: int = 0
@@ -275,6 +279,8 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
         problems.append("a folder of pictures needs image_size, such as 224")
     if run.crop == "resized" and run.image_size is None:
         problems.append("crop 'resized' needs image_size, such as 224")
+    if run.auto_augment != "none" and run.crop != "resized":
+        problems.append(f"auto_augment {run.auto_augment!r} needs crop 'resized' and image_size")
     if run.eval_resize is not None and run.eval_resize < (run.image_size or math.inf):
         problems.append(f"eval_resize must be at least image_size, {run.image_size}")
     if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from flax_resnet.data import (
     Photos,
     Sizing,
     Source,
+    TrainBatches,
     channel_statistics,
     stream,
     without_bad,
@@ -112,9 +113,13 @@ def open_data(
                     f"{name} cannot be streamed from TFRecord files: prepare it with "
                     "file_format='array_record', or set --config.data_feed=resident"
                 )
-        # Of pictures each evaluation would else decode all again.
-        if config.data_feed != "stream" and test.nbytes <= _SHARE_OF_MEMORY * host_memory():
-            test = _load(test)
+        # Pictures would else be decoded again in every epoch and every evaluation.
+        if config.data_feed != "stream":
+            room = _SHARE_OF_MEMORY * host_memory()
+            if test.nbytes <= room:
+                test = _load(test)
+            if isinstance(train, Photos) and train.estimate_kept() <= room:
+                train = train.keeping()
     mean, std = _normalization(config, workdir, train, facts)
     return Data(train, test, mean, std, name, facts)
 
@@ -170,7 +175,20 @@ def sizing(config: Config, channels: int) -> Sizing:
         channels=channels,
         crop_area=(config.crop_area[0], config.crop_area[1]),
         crop_ratio=(config.crop_ratio[0], config.crop_ratio[1]),
+        auto_augment=config.auto_augment,
     )
+
+
+def read_ahead(
+    batches: TrainBatches | EvalBatches, config: Config
+) -> Generator[dict[str, np.ndarray]]:
+    """Every batch in turn, see `stream`, by as many processes or threads as suit the split."""
+    split = batches.source
+    if isinstance(split, Dataset):  # which another process would be given whole
+        return stream(batches, 0)
+    if isinstance(split, Photos) and split.keeps:  # in memory, which threads share
+        return stream(batches, 0, threads=max(1, config.stream_workers))
+    return stream(batches, config.stream_workers)
 
 
 def _open_own(split: Dataset | Examples) -> Dataset | ExampleSource:
@@ -254,5 +272,5 @@ def _measure(config: Config, train: Split) -> Statistics:
         chunks = np.array_split(train.images, max(1, len(train) // 1024))
         return channel_statistics(chunks)
     batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
-    with contextlib.closing(stream(batches, config.stream_workers)) as read:
+    with contextlib.closing(read_ahead(batches, config)) as read:
         return channel_statistics(b["image"][b["mask"]] for b in read)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order, stream
+from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order
 from flax_resnet.errors import InputError
 from flax_resnet.training import programs
-from flax_resnet.training.data import Split
+from flax_resnet.training.data import Split, read_ahead
 from flax_resnet.training.mesh import (
     by_example,
     platform,
@@ -176,9 +176,9 @@ class _Streamed:
             self._shapes(train_set, size, index=jnp.int32),
             self._shapes(test_set, eval_size, mask=jnp.bool_),
         )
-        self._batches = self._stream(train)
+        self._batches = read_ahead(train, config)
         # Its processes are there from the first evaluation to the last.
-        self._test_batches = self._stream(self._test)
+        self._test_batches = read_ahead(self._test, config)
         # The next batch is on its way to the device while a step runs. There is none for a run
         # that was stopped in its last evaluation.
         self._ahead = self._read_ahead()
@@ -209,11 +209,6 @@ class _Streamed:
     def close(self) -> None:
         with contextlib.closing(self._batches):
             self._test_batches.close()
-
-    def _stream(self, batches: TrainBatches | EvalBatches) -> Generator[dict[str, np.ndarray]]:
-        # Arrays that another process would be given whole are as fast without one.
-        in_memory = isinstance(batches.source, Dataset)
-        return stream(batches, 0 if in_memory else self._plan.config.stream_workers)
 
     def _shapes(self, split: Split, batch_size: int, **more: Any) -> dict[str, Any]:
         """A batch of a split, before it is read, with further arrays of one axis."""

@@ -199,3 +199,28 @@ def test_crop_depends_on_seed_epoch_and_index_alone(pictures):
     assert set(batches(24, rollbacks=1).values()).isdisjoint(whole.values())
     expected = read_for_training(folder.paths[7], SIZING, example_random(0, 1, 7))
     assert whole[1, 7] == expected.tobytes()
+
+
+def test_pictures_that_stay_in_memory_give_the_same_images(pictures):
+    for i in range(3):  # of which a fraction is decoded, sometimes
+        draw(80 + 30 * i, 100, seed=i).save(pictures / "train" / "ants" / f"large{i}.jpg")
+    folder = Folder(str(pictures), "train")
+    split = Photos(folder, SIZING, random_crops=True)
+    kept, estimate = split.keeping(), split.estimate_kept()
+    index = np.arange(len(split))
+
+    def images(split):
+        crops = [
+            split.read_crops(index, [example_random(0, epoch, i) for i in index])
+            for epoch in range(4)
+        ]
+        return np.stack([pixels for pixels, _ in [split.read(index), *crops]])
+
+    expected = images(split)
+    np.testing.assert_array_equal(images(kept), expected)
+    for path in folder.paths:
+        os.unlink(path)
+    np.testing.assert_array_equal(images(kept), expected)
+    pixels = [image.width * image.height for image in kept._kept._pictures.values()]
+    assert len(pixels) > len(split)
+    assert sum(pixels) * 4 <= estimate < sum(pixels) * 8

@@ -69,7 +69,8 @@ def test_pictures_are_learnt(photos_run):
 def test_stopped_run_goes_on_to_the_same_bits(photos_run, pictures, tmp_path, monkeypatch):
     folder, expected = photos_run
     train_until(7, config_of(pictures), tmp_path, monkeypatch, kept={5, 7})
-    state = fr.train(config_of(pictures, stream_workers=1), tmp_path)
+    # Read by another process, every epoch anew, and not kept in memory.
+    state = fr.train(config_of(pictures, data_feed="stream", stream_workers=1), tmp_path)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
     assert without_timing(read_metrics(tmp_path)) == without_timing(read_metrics(folder))
 
@@ -112,7 +113,7 @@ def test_a_picture_that_vanishes_loses_nothing(photos_run, pictures, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_advance", take_away)
         with pytest.raises(fr.InputError, match=r"red/1\.png: No such file or directory"):
-            fr.train(config_of(copy), tmp_path / "run")
+            fr.train(config_of(copy, data_feed="stream"), tmp_path / "run")
     assert 6 <= steps_kept(tmp_path / "run")[-1] < 15
     shutil.copy(pictures / "train" / "red" / "1.png", gone)
     state = fr.train(config_of(copy), tmp_path / "run")
@@ -191,6 +192,11 @@ def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path,
         ({"normalize": "imagnet"}, "normalize must be auto, data, imagenet, or a mean and a devi"),
         ({"crop_area": (0.5, 0.1)}, "crop_area must be two shares of the picture"),
         ({"crop_ratio": (0.5,)}, "crop_ratio must be two numbers from 0.01 to 100"),
+        ({"auto_augment": "autoaugment"}, "auto_augment must be one of none, randaugment, triv"),
+        (
+            {"auto_augment": "randaugment", "crop": "padded"},
+            "auto_augment 'randaugment' needs crop 'resized' and image_size",
+        ),
         ({"bad_images": "ignore"}, "bad_images must be one of stop, skip"),
     ],
 )
