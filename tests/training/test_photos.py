@@ -2,7 +2,11 @@
 
 import json
 import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import chex
 import jax
@@ -13,7 +17,7 @@ from PIL import Image
 
 import flax_resnet as fr
 from flax_resnet import evaluate, predict
-from flax_resnet.data import Sizing, channel_statistics
+from flax_resnet.data import Sizing, channel_statistics, epoch_order
 from flax_resnet.data.pictures import read_for_evaluation
 from flax_resnet.training import check_config
 from flax_resnet.training.data import open_split
@@ -246,3 +250,82 @@ def test_images_of_tfds_that_differ_in_size(tmp_path, crop):
     assert set(labels) <= {0, 1}
     with pytest.raises(fr.InputError, match=r"image_shape of mixed: .*; --config.image_size=224"):
         fr.train(config | {"image_size": None, "crop": "padded"}, tmp_path / "other")
+
+
+# Two processes, on the loopback address.
+
+HOST = """
+import json, sys
+
+import flax_resnet as fr
+from flax_resnet.data import Photos
+from flax_resnet.training.hosts import connect
+
+config, workdir, port, host, decoded = sys.argv[1:]
+image = Photos._image
+
+def noted(self, i, file, random):
+    with open(decoded, "a") as out:
+        print("train" if random else "test", i, file=out)
+    return image(self, i, file, random)
+
+Photos._image = noted
+connect(f"127.0.0.1:{port}", 2, int(host))
+fr.train(json.loads(config), workdir)
+"""
+
+
+def start_hosts(config, folder):
+    """Two processes that write what they decode to folder/0 and folder/1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", HOST, json.dumps(config), folder / "run", str(port)]
+    return [
+        subprocess.Popen([*command, str(i), folder / str(i)], stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+
+
+def decoded_by(host, split):
+    lines = (line.split() for line in host.read_text().splitlines())
+    return [int(i) for kind, i in lines if kind == split]
+
+
+@pytest.mark.slow
+def test_two_hosts_decode_their_shares_and_go_on_after_a_kill(pictures, tmp_path):
+    # An epoch is a step, and the rate small, so that what float32 rounds does not grow.
+    config = config_of(pictures, batch_size=40, num_epochs=5, learning_rate=0.005)
+    config |= {"data_feed": "stream", "normalize": "imagenet", "checkpoint_minutes": 0.0001}
+    fr.train(config, tmp_path / "alone")
+
+    hosts = start_hosts(config, tmp_path)
+    assert hosts[0].stderr
+    assert any(line.startswith("epoch 3/") for line in hosts[0].stderr)
+    for host in hosts:
+        host.kill()
+        host.communicate(timeout=60)
+    for name in "01":
+        (tmp_path / name).unlink()
+
+    hosts = start_hosts(config, tmp_path)
+    said = [host.communicate(timeout=300)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    done = int(re.search(r"5 epochs, (\d) of them done", said[0])[1])  # pyright: ignore
+    assert 1 <= done <= 3
+    ours, alone = (read_metrics(tmp_path / name) for name in ("run", "alone"))
+    assert [record["epoch"] for record in ours] == [1, 2, 3, 4, 5]
+    for name in ("train_loss", "test_loss"):
+        losses = [[record[name] for record in run] for run in (ours, alone)]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+
+    steps = range(done, 5)
+    orders = [epoch_order(0, step, 40) for step in steps]
+    for host, share in ((0, slice(0, 20)), (1, slice(20, 40))):
+        expected = [i for order in orders for i in order[share]]
+        assert decoded_by(tmp_path / str(host), "train") == expected
+        # Of each batch of 8 its half; the last is filled up by the last picture.
+        places = np.arange(24).reshape(3, 2, 4)[:, host].ravel().clip(max=17)
+        expected = places.tolist() * len(steps)
+        tested = decoded_by(tmp_path / str(host), "test")
+        assert tested[: len(expected)] == expected  # and some that were read ahead
