@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order
 from flax_resnet.errors import InputError
+from flax_resnet.progress import say, shows_bars
 from flax_resnet.training import programs
 from flax_resnet.training.data import Split, read_ahead
 from flax_resnet.training.mesh import (
@@ -34,6 +37,7 @@ from flax_resnet.training.steps import Metrics, TrainState
 
 # Enough that the time between two calls does not count, few enough to stop within seconds.
 _STEPS_A_CALL = 16
+_SECONDS_BETWEEN_LINES = 60.0  # of an evaluation
 
 
 class Feed(Protocol):
@@ -126,7 +130,8 @@ class _Resident:
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         starts = range(0, len(self._plan.data.test), self._eval_batch_size)
         batches = (self._pick_eval(self._test, np.int32(start)) for start in starts)
-        return _mean((self._eval_step(state, batch) for batch in batches), stop)
+        sums = (self._eval_step(state, batch) for batch in batches)
+        return _mean(_shown(sums, len(starts)), stop)
 
     def close(self) -> None:
         pass
@@ -202,9 +207,10 @@ class _Streamed:
             return error
 
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        batches = itertools.islice(self._test_batches, self._test.batches_each_time)
-        mesh = self._plan.mesh
-        return _mean((self._eval_step(state, put_share(b, mesh)) for b in batches), stop)
+        mesh, count = self._plan.mesh, self._test.batches_each_time
+        batches = itertools.islice(self._test_batches, count)
+        sums = (self._eval_step(state, put_share(batch, mesh)) for batch in batches)
+        return _mean(_shown(sums, count), stop)
 
     def close(self) -> None:
         with contextlib.closing(self._batches):
@@ -236,6 +242,20 @@ def _compile(
         return tuple(threads.map(jax.stages.Lowered.compile, lowered))
     finally:
         threads.shutdown(wait=False)  # Ctrl-C does not wait for the compiler
+
+
+def _shown(sums: Iterator[Metrics], count: int) -> Iterator[Metrics]:
+    """With a bar of its own on a terminal, and a line a minute elsewhere, if it takes long."""
+    if shows_bars():
+        options: dict[str, Any] = {"leave": False, "delay": 2, "dynamic_ncols": True}
+        yield from tqdm(sums, "evaluating", count, unit=" batches", **options)
+        return
+    spoke = time.monotonic()
+    for done, batch in enumerate(sums, 1):
+        if time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+            say(f"evaluating: {done} of {count} batches")
+            spoke = time.monotonic()
+        yield batch
 
 
 def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 import flax_resnet as fr
 from flax_resnet import evaluate, predict
 from flax_resnet.data import Sizing, channel_statistics, epoch_order
 from flax_resnet.data.pictures import read_for_evaluation
-from flax_resnet.training import check_config
+from flax_resnet.training import check_config, feeds
 from flax_resnet.training.data import open_split
 from flax_resnet.training.loop import Loop
 from tests.data.test_pictures import draw, encoded
@@ -146,6 +147,24 @@ def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
         fr.train(config | {"data_feed": feed}, tmp_path / feed) for feed in ("auto", "stream")
     )
     chex.assert_trees_all_equal(jax.device_get(resident), jax.device_get(streamed))
+
+
+@pytest.mark.parametrize("feed", ["auto", "stream"])
+def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, capsys, feed):
+    monkeypatch.setattr(feeds, "_SECONDS_BETWEEN_LINES", 0.0)
+    config = config_of(pictures, crop="padded", crop_padding=1, data_feed=feed, num_steps=1)
+    fr.train(config, tmp_path)
+    assert "evaluating: 2 of 3 batches\n" in capsys.readouterr().err
+
+
+def test_an_evaluation_has_a_bar(monkeypatch, capsys):
+    assert list(feeds._shown(iter("abc"), 3)) == list("abc")
+    assert not capsys.readouterr().err  # of one that is soon done
+    at_once = {"mininterval": 0, "delay": 0}
+    monkeypatch.setattr(feeds, "tqdm", lambda *args, **options: tqdm(*args, **options | at_once))
+    monkeypatch.setattr(feeds, "shows_bars", lambda: True)
+    assert list(feeds._shown(iter("abc"), 3)) == list("abc")
+    assert re.search(r"evaluating:  67%.* 2/3 ", capsys.readouterr().err)
 
 
 # Normalisation.
