@@ -12,7 +12,7 @@ enlarged to 1600x1200 (Lanczos, JPEG quality 90).
 kept: the same crops by one thread, read from the files and from pictures that stay decoded.
 
 waiting: share of a step of resnet50 at 224, batch 8, that `fr.train` waits for data, at 0, 1 and 2
-worker processes, and with the pictures kept; the first epoch is left out.
+worker processes; the first two steps are left out.
 
 memory: of the program and its worker processes (proportional set size), over an epoch.
 
@@ -37,6 +37,7 @@ from PIL import Image
 
 import flax_resnet as fr
 from flax_resnet.data import Folder, Photos, Sizing, TrainBatches, stream
+from flax_resnet.progress import quietly
 from flax_resnet.training import data as training_data
 from flax_resnet.training import feeds
 
@@ -120,7 +121,7 @@ def compare_decoding(folders: dict[str, Path], rounds: int) -> None:
     print("|---|---|---|---|")
     for name, folder in folders.items():
         split = pictures(folder)
-        paths, count = Folder(str(folder), "train").paths, 40 if name == "500x375" else 10
+        paths, count = Folder(str(folder), "train").paths, 30 if name == "500x375" else 8
         rates = [(our_rate(split, count, 1), torch_rate(paths, count, 1)) for _ in range(rounds)]
         ours, theirs = (statistics.median(side) for side in zip(*rates, strict=True))
         ratio = statistics.median(one / other for one, other in rates)
@@ -141,16 +142,16 @@ def compare_kept(folders: dict[str, Path], rounds: int) -> None:
 
 
 def measure_waiting(folder: Path, steps: int) -> None:
-    print("| read by | step, s | waiting for data, s | share |")
+    print("| worker processes | step, s | waiting for data, s | share |")
     print("|---|---|---|---|")
-    for feed, workers in (("stream", 0), ("stream", 1), ("stream", 2), ("auto", 2)):
-        seconds, waits = train(folder, feed, workers, steps)
-        how = f"{workers} processes" if feed == "stream" else "kept in memory"
-        print(f"| {how} | {seconds:.2f} | {waits:.3f} | {waits / seconds:.1%} |", flush=True)
+    for workers in (0, 1, 2):
+        with quietly():
+            seconds, waits = train(folder, workers, steps)
+        print(f"| {workers} | {seconds:.2f} | {waits:.4f} | {waits / seconds:.2%} |", flush=True)
 
 
-def train(folder: Path, feed: str, workers: int, steps: int) -> tuple[float, float]:
-    """Seconds a step of fr.train, and how many of them it waits for data, in the later epochs."""
+def train(folder: Path, workers: int, steps: int) -> tuple[float, float]:
+    """Seconds a step of fr.train, and how many of them it waits for data."""
     waits: list[float] = []
     ends: list[float] = []
 
@@ -167,14 +168,14 @@ def train(folder: Path, feed: str, workers: int, steps: int) -> tuple[float, flo
 
     config = fr.default_config()
     config.dataset = f"folder:{folder}"
+    config.train_split = "train+train+train"  # an epoch is longer than the run
     config.eval_split = "train[:8]"
     config.image_size, config.crop = SIZE, "resized"
     config.normalize = "imagenet"
     config.model = "resnet50"
     config.batch_size = config.eval_batch_size = 8
     config.num_steps = steps
-    config.eval_every = 1000
-    config.data_feed, config.stream_workers = feed, workers
+    config.data_feed, config.stream_workers = "stream", workers
     config.checkpoint_minutes = 1000.0
     before, feeds.read_ahead = feeds.read_ahead, timed
     try:
@@ -182,8 +183,9 @@ def train(folder: Path, feed: str, workers: int, steps: int) -> tuple[float, flo
             fr.train(config, workdir)
     finally:
         feeds.read_ahead = before
-    first = len(waits) // 3  # compiled, and the caches are warm
-    return (ends[-1] - ends[first]) / (len(ends) - 1 - first), statistics.mean(waits[first + 1 :])
+    # The first batch is there before the first step.
+    waits, ends = waits[3:], ends[2:]
+    return statistics.median(np.diff(ends)), statistics.median(waits)
 
 
 def measure_memory(folders: dict[str, Path]) -> None:
@@ -217,7 +219,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=parts)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ants_bees"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=15, help="of a run that may wait")
+    parser.add_argument("--steps", type=int, default=12, help="of a run that may wait")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # as train.py
