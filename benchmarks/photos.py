@@ -1,6 +1,6 @@
 """Photographs on their way to the net: decoding, cropping, waiting for them, memory.
 
-    python benchmarks/photos.py [decode kept waiting memory] [--data ../shared/data/ants_bees]
+    python benchmarks/photos.py [decode] [kept] [waiting] [memory] [--data ../shared/data/ants_bees]
 
 decode: images a second of one worker process, ours and that of torch.utils.data.DataLoader, which
 take turns on the same files: decode, random resized crop to 224, batches of 32, uint8. Ours is
@@ -141,10 +141,10 @@ def compare_kept(folders: dict[str, Path], rounds: int) -> None:
         print(f"| {name} | {theirs:.0f} | {ours:.0f} | {ratio:.2f} |", flush=True)
 
 
-def measure_waiting(folder: Path, steps: int) -> None:
+def measure_waiting(folder: Path, processes: list[int], steps: int) -> None:
     print("| worker processes | step, s | waiting for data, s | share |")
     print("|---|---|---|---|")
-    for workers in (0, 1, 2):
+    for workers in processes:
         with quietly():
             seconds, waits = train(folder, workers, steps)
         print(f"| {workers} | {seconds:.2f} | {waits:.4f} | {waits / seconds:.2%} |", flush=True)
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=parts)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ants_bees"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="to wait for")
     parser.add_argument("--steps", type=int, default=12, help="of a run that may wait")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -230,7 +231,9 @@ def main() -> None:
         runs: dict[str, Callable[[], None]] = {
             "decode": lambda: compare_decoding(folders, arguments.rounds),
             "kept": lambda: compare_kept(folders, arguments.rounds),
-            "waiting": lambda: measure_waiting(folders["500x375"], arguments.steps),
+            "waiting": lambda: measure_waiting(
+                folders["500x375"], arguments.workers, arguments.steps
+            ),
             "memory": lambda: measure_memory(folders),
         }
         for part in arguments.parts:
