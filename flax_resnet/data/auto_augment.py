@@ -7,6 +7,7 @@ Operations and strengths are those of torchvision's RandAugment and TrivialAugme
 defaults. What comes in from the sides is black.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -115,7 +116,7 @@ def apply(
         case "posterize":
             return ImageOps.posterize(image, 8 - round(strengths.posterize * level / STRONGEST))
         case "solarize":
-            return ImageOps.solarize(image, 255 - 255 * level / STRONGEST)
+            return ImageOps.solarize(image, math.ceil(255 - 255 * level / STRONGEST))
         case "autocontrast":
             return ImageOps.autocontrast(image)
         case "equalize":

@@ -8,7 +8,15 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from flax_resnet.data import auto_augment as module
-from flax_resnet.data.auto_augment import OPERATIONS, RAND, TRIVIAL, apply, auto_augment
+from flax_resnet.data.auto_augment import (
+    OPERATIONS,
+    RAND,
+    TRIVIAL,
+    AutoAugment,
+    Strengths,
+    apply,
+    auto_augment,
+)
 from flax_resnet.data.batches import example_random
 from flax_resnet.data.pictures import Sizing, draw_part, frame_of, opened, read_for_training
 from tests.data.test_pictures import draw, encoded
@@ -46,7 +54,7 @@ def torchvisions(policy: str) -> dict[str, tuple[torch.Tensor, bool]]:
 def gathered(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """The pixels at these places, whose centres are at halves; black where there is none."""
     y, x = np.int32(np.floor(rows)), np.int32(np.floor(columns))
-    inside = (y >= 0) & (y < SIZE) & (x >= 0) & (x < SIZE)
+    inside = np.asarray((y >= 0) & (y < SIZE) & (x >= 0) & (x < SIZE))
     return np.where(inside[..., None], PIXELS[y.clip(0, SIZE - 1), x.clip(0, SIZE - 1)], 0)
 
 
@@ -117,10 +125,11 @@ def test_every_operation_is_as_likely_and_every_level(monkeypatch):
         return image
 
     monkeypatch.setattr(module, "apply", noted)
-    for policy, count, levels, strengths in (
+    plans: list[tuple[AutoAugment, int, set[int], Strengths]] = [
         ("randaugment", 2, {9}, RAND),
         ("trivialaugment", 1, set(range(31)), TRIVIAL),
-    ):
+    ]
+    for policy, count, levels, strengths in plans:
         drawn.clear()
         for i in range(3000):
             auto_augment(IMAGE, example_random(0, 0, i), policy)
@@ -151,5 +160,5 @@ def test_it_follows_the_crop_and_depends_on_the_example_alone(policy):
             draw_part(random, frame_of(image), sizing)
         ours = read_for_training(file, sizing, example_random(0, 3, i))
         np.testing.assert_array_equal(ours, auto_augment(cropped, random, policy))
-        changed += not np.array_equal(ours, cropped)
+        changed += not np.array_equal(ours, np.asarray(cropped))
     assert changed > 6

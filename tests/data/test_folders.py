@@ -8,7 +8,7 @@ import pytest
 
 from flax_resnet.data import Folder, Photos, Sizing, photos, without_bad
 from flax_resnet.data.batches import TrainBatches, example_random
-from flax_resnet.data.pictures import read_for_training
+from flax_resnet.data.pictures import draw_part, frame_of, opened, read_for_training
 from flax_resnet.errors import InputError
 from tests.data.test_pictures import draw
 
@@ -206,21 +206,25 @@ def test_pictures_that_stay_in_memory_give_the_same_images(pictures):
         draw(80 + 30 * i, 100, seed=i).save(pictures / "train" / "ants" / f"large{i}.jpg")
     folder = Folder(str(pictures), "train")
     split = Photos(folder, SIZING, random_crops=True)
-    kept, estimate = split.keeping(), split.estimate_kept()
-    index = np.arange(len(split))
+    kept, estimate, index = split.keeping(), split.estimate_kept(), np.arange(len(split))
 
     def images(split):
         crops = [
-            split.read_crops(index, [example_random(0, epoch, i) for i in index])
+            split.read_crops(index, [example_random(0, epoch, int(i)) for i in index])
             for epoch in range(4)
         ]
         return np.stack([pixels for pixels, _ in [split.read(index), *crops]])
 
     expected = images(split)
     np.testing.assert_array_equal(images(kept), expected)
-    for path in folder.paths:
+    pixels, factors = 0, set()
+    for i, path in enumerate(folder.paths):
+        with opened(path) as image:
+            pixels += image.width * image.height
+            randoms = [example_random(0, epoch, i) for epoch in range(4)]
+            factors |= {draw_part(random, frame_of(image), SIZING)[1] for random in randoms}
         os.unlink(path)
+    assert factors == {1, 2, 4}
+    # Four bytes a pixel, and a third more for all fractions together.
+    assert estimate == pytest.approx(pixels * 16 / 3, abs=1)
     np.testing.assert_array_equal(images(kept), expected)
-    pixels = [image.width * image.height for image in kept._kept._pictures.values()]
-    assert len(pixels) > len(split)
-    assert sum(pixels) * 4 <= estimate < sum(pixels) * 8

@@ -158,12 +158,13 @@ def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, c
 
 
 def test_an_evaluation_has_a_bar(monkeypatch, capsys):
-    assert list(feeds._shown(iter("abc"), 3)) == list("abc")
+    sums = [{"count": i} for i in range(3)]
+    assert list(feeds._shown(iter(sums), 3)) == sums
     assert not capsys.readouterr().err  # of one that is soon done
     at_once = {"mininterval": 0, "delay": 0}
     monkeypatch.setattr(feeds, "tqdm", lambda *args, **options: tqdm(*args, **options | at_once))
     monkeypatch.setattr(feeds, "shows_bars", lambda: True)
-    assert list(feeds._shown(iter("abc"), 3)) == list("abc")
+    assert list(feeds._shown(iter(sums), 3)) == sums
     assert re.search(r"evaluating:  67%.* 2/3 ", capsys.readouterr().err)
 
 
