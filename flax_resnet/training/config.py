@@ -53,7 +53,9 @@ class Config:
     # "resident": the data set lies decoded in the memory of every device; "stream": it is
     # read from disk all the time, by `stream_workers` processes a host for each of the two
     # splits (0: by the run's own); "auto" streams what would take over a quarter of the
-    # memory. The batches are the same.
+    # memory. Pictures of which random parts are taken are always streamed; those that fit in a
+    # quarter of the host's memory stay decoded there, unless "stream" is set, and so many threads
+    # read them. The batches are the same.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
     # "padded": each training image is moved by up to `crop_padding` pixels, black coming in from
