@@ -1,11 +1,11 @@
 """Kills a run at random moments, goes on with it, and compares it with one left in peace.
 
-    python benchmarks/faults.py --kills 20
+    python benchmarks/faults.py --kills 20 [--feed stream] [--signal TERM]
 
 The run is digits_resnet8, shortened, with a checkpoint every half second inside its epochs
-too. Every other kill (SIGKILL) comes while a checkpoint is being written, the others at any
-moment from the start of the process on. A run that reaches its end before the kills are used
-up is compared, and another begun. Exits with 1 if anything differs.
+too. Every other kill (SIGKILL, or what --signal says) comes while a checkpoint is being written,
+the others at any moment from the start of the process on. A run that reaches its end before the
+kills are used up is compared, and another begun. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -42,15 +42,17 @@ def start(workdir: Path, data: str, feed: str) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
 
 
-def kill(process: subprocess.Popen, workdir: Path, while_writing: bool) -> bool:
+def kill(
+    process: subprocess.Popen, workdir: Path, number: signal.Signals, while_writing: bool
+) -> bool:
     """Kills a run at a random moment; False if it ended before."""
     moment = time.monotonic() + random.uniform(0, 12)
     while process.poll() is None:
         writing = any(workdir.glob("checkpoints/*tmp*"))
         if time.monotonic() > moment and (writing or not while_writing):
             time.sleep(random.uniform(0, 0.1))
-            os.kill(process.pid, signal.SIGKILL)
-            return process.wait() == -signal.SIGKILL
+            os.kill(process.pid, number)
+            return process.wait() in (-number, 128 + number)
         time.sleep(0.001)
     if process.returncode:
         raise RuntimeError(f"a run ended with {process.returncode}: see {workdir}.log")
@@ -77,7 +79,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--feed", choices=("resident", "stream"), default="resident")
+    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     arguments = parser.parse_args()
+    number = signal.Signals[f"SIG{arguments.signal}"]
     random.seed(arguments.seed)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +98,7 @@ def main() -> None:
                 if kills == arguments.kills:
                     process.wait()
                     break
-                if not kill(process, workdir, while_writing=bool(kills % 2)):
+                if not kill(process, workdir, number, while_writing=bool(kills % 2)):
                     break
                 kills += 1
             resumes += starts - 1

@@ -71,15 +71,15 @@ def torch_data(
     return epoch
 
 
-def torch_loop(net: str, batch_size: int, steps: int) -> float:
+def torch_loop(net: str, batch_size: int, steps: int, variant: str = VARIANT) -> float:
     import torch
 
     import flax_resnet as fr
 
     dataset = fr.load_dataset("cifar10", f"train[:{batch_size * steps}]")
-    epoch = torch_data(dataset, VARIANT, batch_size=batch_size, crop_padding=4)
-    model = train_step.torch_net(net, VARIANT)
-    step = train_step.torch_step(model, train_step.torch_sgd(model), VARIANT)
+    epoch = torch_data(dataset, variant, batch_size=batch_size, crop_padding=4)
+    model = train_step.torch_net(net, variant)
+    step = train_step.torch_step(model, train_step.torch_sgd(model), variant)
 
     def run() -> None:
         for batch in epoch():
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[128, 512, 1024])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=50_000, help="of an epoch")
+    parser.add_argument("--variant", default=VARIANT, help="of PyTorch, see train_step.py")
     arguments = parser.parse_args()
 
     import torch
@@ -123,7 +124,7 @@ def main() -> None:
     for batch_size in arguments.batch_sizes:
         work = (arguments.net, batch_size, arguments.images // batch_size)
         rates = [
-            (in_a_process(ours, *work), in_a_process(torch_loop, *work))
+            (in_a_process(ours, *work), in_a_process(torch_loop, *work, arguments.variant))
             for _ in range(arguments.rounds)
         ]
         our_rate, torch_rate = (statistics.median(side) for side in zip(*rates, strict=True))

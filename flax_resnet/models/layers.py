@@ -197,14 +197,32 @@ class GroupNorm(nn.Module):
 
 @jax.custom_jvp
 def relu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """max(x, 0), whose gradient is taken from its output, which the next layer keeps anyway."""
+    """max(x, 0), for the output of a normalisation: its gradient computes x again, from what that
+    keeps for its own.
+    """
     # jnp.maximum loses NaN where XLA:CPU fuses it with a mean.
     return jnp.where(x < 0, 0, x)
 
 
 @relu.defjvp
 def _relu_jvp(primals, tangents):
-    out = relu(*primals)
+    (x,), (tangent,) = primals, tangents
+    # In bfloat16 XLA:GPU would write the gradient to memory in between.
+    wide = tangent.astype(jnp.promote_types(tangent.dtype, jnp.float32))
+    return relu(x), jnp.where(x > 0, wide, 0).astype(tangent.dtype)
+
+
+@jax.custom_jvp
+def relu_from_output(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`relu` for what nothing else keeps, such as a sum: its gradient is taken from the output,
+    which the next layer keeps.
+    """
+    return jnp.where(x < 0, 0, x)
+
+
+@relu_from_output.defjvp
+def _relu_from_output_jvp(primals, tangents):
+    out = relu_from_output(*primals)
     return out, jnp.where(out > 0, tangents[0], 0)
 
 
@@ -229,7 +247,7 @@ class SqueezeExcite(nn.Module):
         # torch.nn.Conv2d's initial bias.
         biases = [uniform(fan_in**-0.5) for fan_in in (planes, reduced)]
         out = conv1x1(reduced, bias_init=biases[0], dtype=self.dtype, name="fc1")(means)
-        out = relu(out)
+        out = relu_from_output(out)
         out = conv1x1(planes, bias_init=biases[1], dtype=self.dtype, name="fc2")(out)
         return x * nn.sigmoid(out)
 

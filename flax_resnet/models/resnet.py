@@ -36,6 +36,7 @@ from flax_resnet.models.layers import (
     conv3x3,
     max_pool,
     relu,
+    relu_from_output,
     uniform,
 )
 from flax_resnet.models.stacking import stack_trees
@@ -232,7 +233,7 @@ class BasicBlock(ResidualBlock):
         out = conv3x3(self.planes, dilation=self.dilation, **self.conv_fields, name="conv2")(out)
         out = norm(name="bn2", zero_init=self.zero_init_residual)(out)
 
-        return relu(self.join(out, identity, train))
+        return relu_from_output(self.join(out, identity, train))
 
 
 class Bottleneck(ResidualBlock):
@@ -263,7 +264,7 @@ class Bottleneck(ResidualBlock):
         out = conv1x1(self.planes * self.expansion, **conv, name="conv3")(out)
         out = norm(name="bn3", zero_init=self.zero_init_residual)(out)
 
-        return relu(self.join(out, identity, train))
+        return relu_from_output(self.join(out, identity, train))
 
 
 class PreActBasicBlock(ResidualBlock):

@@ -14,7 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from flax_resnet.models.freezing import has_frozen_statistics
-from flax_resnet.models.layers import BatchNorm, Dtype, check_common, conv3x3, relu
+from flax_resnet.models.layers import (
+    BatchNorm,
+    Dtype,
+    check_common,
+    conv3x3,
+    relu,
+    relu_from_output,
+)
 from flax_resnet.models.pooling import max_pool2d
 
 
@@ -71,7 +78,7 @@ class VGG(nn.Module):
                 if self.batch_norm:
                     index += 1
                     x = bn(name=f"features_{index}")(x)
-                x = relu(x)
+                x = relu(x) if self.batch_norm else relu_from_output(x)
                 index += 2
             x = max_pool2d(x, 2)
             index += 1
@@ -82,7 +89,7 @@ class VGG(nn.Module):
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         for name in ("classifier_0", "classifier_3"):
-            x = relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
+            x = relu_from_output(dense(self.hidden, dtype=self.dtype, name=name)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         x = x.astype(jnp.promote_types(self.dtype, jnp.float32))
         outputs["pooled"] = x

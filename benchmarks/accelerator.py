@@ -1,0 +1,276 @@
+"""Everything worth knowing of a GPU or TPU, in the time that there is.
+
+    python benchmarks/accelerator.py --minutes 25 --output DIR [--data_dir DATA]
+    python benchmarks/accelerator.py --smoke --output DIR    # in small, and on a CPU too
+
+Stages, the most worth knowing first, each a command in a process of its own and with a time of
+its own: is it right (parity.py, faults.py), how fast is it beside PyTorch and beside the best that
+its memory and its matrix units allow (train_step.py, training_loop.py, compiled.py, a profile),
+what do the recipes reach. What a stage prints is in DIR/NAME.txt at once, what it says meanwhile
+in DIR/NAME.log, runs are in DIR/runs; DIR/stages.jsonl has a line for each that is over. One that
+takes longer than its time gets SIGTERM, and what it has left counts.
+
+It needs the repository, its `cuda` or `tpu` extra, PyTorch for that device, and a folder with
+CIFAR-10 as TFDS prepares it, or with `downloads/manual/cifar-10-binary.tar.gz`: --data_dir, else
+$TFDS_DATA_DIR. --smoke makes up images in place of it.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SECONDS_TO_STOP = 20
+
+
+# Of PyTorch's variants those that may be the fastest on a GPU.
+STEP = ("benchmarks/train_step.py", "--variants", "channels_last", "compile channels_last")
+
+
+class Stage(NamedTuple):
+    """A command, the script and its arguments, and the most minutes that it gets."""
+
+    name: str
+    minutes: float
+    command: Sequence[str]
+
+
+def run_of(config: str, name: str, output: Path, *options: str) -> Sequence[str]:
+    """train.py with a recipe."""
+    return (
+        "train.py",
+        f"--config=configs/{config}.py",
+        f"--workdir={output / 'runs' / name}",
+        *options,
+    )
+
+
+def stages(output: Path, card: str | None) -> list[Stage]:
+    """All of them.
+
+    Args:
+      output: for runs.
+      card: the device's name in compiled.py, where it has one.
+    """
+    batches = ("128", "512", "1024")
+    programs = [f"cifar_resnet18:{batch}" for batch in batches] + ["resnet50:256:224"]
+    found = [
+        Stage("parity", 3, ("benchmarks/parity.py",)),
+        Stage("kill", 2, ("benchmarks/faults.py", "--kills=4")),
+        Stage("stream", 2, ("benchmarks/faults.py", "--kills=2", "--feed=stream")),
+        Stage("signal", 1, ("benchmarks/faults.py", "--kills=2", "--signal=TERM")),
+        Stage(
+            "step",
+            3,
+            (*STEP, "--nets", "cifar_resnet18", "--batch_sizes", *batches, "--rounds=3"),
+        ),
+        Stage("loop", 3, ("benchmarks/training_loop.py", "--rounds=3")),
+        Stage(
+            "step50",
+            2,
+            (*STEP, "--nets=resnet50", "--batch_sizes=256", "--image_size=224", "--rounds=3"),
+        ),
+        Stage(
+            "profile",
+            1,
+            run_of(
+                "cifar_resnet18",
+                "profile",
+                output,
+                "--config.batch_size=512",
+                "--config.num_steps=96",
+                "--config.profile_steps=(64, 80)",
+            ),
+        ),
+        Stage(
+            "speedrun",
+            2,
+            ("benchmarks/speedrun.py", "--rounds=1", f"--workdir={output / 'runs' / 'speedrun'}"),
+        ),
+        Stage("lab10", 5, run_of("lab10_resnet50", "lab10", output)),
+        *(
+            Stage(
+                f"resnet20-{seed}",
+                5,
+                run_of("cifar_resnet20", f"resnet20-{seed}", output, f"--config.seed={seed}"),
+            )
+            for seed in range(3)
+        ),
+        Stage("resnet18", 60, run_of("cifar_resnet18", "resnet18", output)),
+    ]
+    if card:
+        roofline = ("benchmarks/compiled.py", "--cards", card, "--programs", *programs)
+        found.insert(7, Stage("roofline", 2, roofline))
+    return found
+
+
+def smoke_stages(output: Path) -> list[Stage]:
+    """One of each kind, with as little as it can do."""
+    return [
+        Stage("parity", 2, ("benchmarks/parity.py", "--nets=cifar_resnet8", "--batch_size=4")),
+        Stage("signal", 3, ("benchmarks/faults.py", "--kills=1", "--signal=TERM")),
+        Stage(
+            "step",
+            2,
+            (
+                "benchmarks/train_step.py",
+                "--nets=cifar_resnet8",
+                "--batch_sizes=8",
+                "--rounds=1",
+                "--variants=eager",
+            ),
+        ),
+        Stage(
+            "loop",
+            2,
+            (
+                "benchmarks/training_loop.py",
+                "--net=cifar_resnet8",
+                "--batch_sizes=16",
+                "--images=64",
+                "--rounds=1",
+                "--variant=eager",
+            ),
+        ),
+        Stage(
+            "profile",
+            1,
+            run_of(
+                "digits_resnet8",
+                "profile",
+                output,
+                "--config.num_steps=4",
+                "--config.warmup_epochs=0.1",
+                "--config.profile_steps=(1, 3)",
+            ),
+        ),
+    ]
+
+
+def run(stage: Stage, output: Path, seconds: float) -> dict[str, object]:
+    """Its line of stages.jsonl."""
+    started = time.monotonic()
+    with (
+        (output / f"{stage.name}.txt").open("w") as out,
+        (output / f"{stage.name}.log").open("w") as log,
+    ):
+        process = subprocess.Popen(
+            [sys.executable, *stage.command],
+            cwd=ROOT,
+            stdout=out,
+            stderr=log,
+            start_new_session=True,
+        )
+        end = "done"
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                process.wait(seconds)
+                break
+            except subprocess.TimeoutExpired:
+                end, seconds = "out of time", SECONDS_TO_STOP
+                os.killpg(process.pid, number)
+        code = process.wait()
+    if end == "done" and code:
+        end = "failed"
+    return {
+        "stage": stage.name,
+        "end": end,
+        "code": code,
+        "seconds": round(time.monotonic() - started, 1),
+        "command": " ".join(stage.command),
+    }
+
+
+def shares(output: Path) -> str:
+    """Images a second of our steps as a share of what the roofline allows, by net and batch."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, net, batch, rate in (("roofline", 2, 3, 11), ("step", 1, 2, 4), ("step50", 1, 2, 4)):
+        path = output / f"{name}.txt"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            cells = [cell.strip() for cell in line.split("|")]
+            if len(cells) > rate and re.fullmatch(r"[\d,]+", cells[rate]):
+                rates = found.setdefault((cells[net], cells[batch]), [])
+                rates.append(float(cells[rate].replace(",", "")))
+    lines = ["| net | batch | images/s | at best | share |", "|---|---:|---:|---:|---:|"]
+    for (net, batch), rates in found.items():
+        if len(rates) == 2:
+            best, measured = rates
+            lines.append(
+                f"| {net} | {batch} | {measured:,.0f} | {best:,.0f} | {measured / best:.0%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def make_up_cifar10(folder: Path) -> None:
+    """Writes a few random images as CIFAR-10's publisher has them."""
+    rng = np.random.default_rng(0)
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    files = {name: rng.integers(0, 10, (64, 3073), np.uint8).tobytes() for name in names}
+    files["batches.meta.txt"] = b"\n".join(b"class %d" % i for i in range(10)) + b"\n\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def describe_device() -> str:
+    """Its kind, asked in a process that then lets go of it."""
+    asked = "import jax; print(jax.devices()[0].device_kind)"
+    command = [sys.executable, "-c", asked]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Everything worth knowing of a GPU or TPU.")
+    parser.add_argument("--minutes", type=float, default=25, help="in which all has to be done")
+    parser.add_argument("--output", type=Path, required=True, help="a folder not there yet")
+    parser.add_argument("--data_dir", type=Path, help="with CIFAR-10; else $TFDS_DATA_DIR")
+    parser.add_argument("--smoke", action="store_true", help="each kind of stage in small")
+    arguments = parser.parse_args()
+    ends = time.monotonic() + 60 * arguments.minutes
+    output = arguments.output.absolute()
+    try:
+        output.mkdir(parents=True)
+    except FileExistsError:
+        parser.error(f"--output: {output} is there already")
+    if arguments.smoke:
+        make_up_cifar10(output / "data" / "downloads" / "manual")
+        arguments.data_dir = output / "data"
+    if arguments.data_dir:
+        os.environ["TFDS_DATA_DIR"] = str(arguments.data_dir.absolute())
+
+    device = describe_device()
+    cards = {"H100": "h100", "A100": "a100", "v5 lite": "v5e", "v6 lite": "v6e"}
+    card = next((card for name, card in cards.items() if name in device), None)
+    print(f"on {device}", flush=True)
+    failed = False
+    for stage in smoke_stages(output) if arguments.smoke else stages(output, card):
+        left = ends - time.monotonic() - SECONDS_TO_STOP
+        if left < SECONDS_TO_STOP:
+            line = {"stage": stage.name, "end": "no time left"}
+        else:
+            line = run(stage, output, min(60 * stage.minutes, left))
+        with (output / "stages.jsonl").open("a") as file:
+            file.write(json.dumps({"device": device} | line) + "\n")
+        (output / "shares.txt").write_text(shares(output))
+        print(f"{line['stage']}: {line['end']}, {line.get('seconds', 0)} s", flush=True)
+        failed |= line["end"] == "failed"
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
