@@ -206,9 +206,9 @@ def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:
     # All at once: a GPU would take longer to start a sum for each than to do it.
     width = max((squares.shape[1] for squares in kernels), default=0)
     padded = [jnp.pad(squares, ((0, 0), (0, width - squares.shape[1]))) for squares in kernels]
-    layers = jnp.concatenate([jnp.zeros((0, width)), *padded]).sum(1)
-    total = layers.sum() + jnp.concatenate([jnp.zeros(0), *others]).sum()
-    return {"gradient_norm": jnp.sqrt(total), "layer_gradient_norms": jnp.sqrt(layers)}
+    norms = jnp.sqrt(jnp.concatenate([jnp.zeros((0, width)), *padded]).sum(1))
+    total = jnp.square(norms).sum() + jnp.concatenate([jnp.zeros(0), *others]).sum()
+    return {"gradient_norm": jnp.sqrt(total), "layer_gradient_norms": norms}
 
 
 def _squares_by_column(kernel: jax.Array) -> jax.Array:

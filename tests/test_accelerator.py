@@ -1,0 +1,63 @@
+"""The command for the day a GPU is there, tried without."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import accelerator, parity
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_each_kind_of_stage_runs_on_a_cpu(tmp_path):
+    pytest.importorskip("torch")
+    output = tmp_path / "output"
+    command = [sys.executable, "benchmarks/accelerator.py", "--smoke", f"--output={output}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    lines = [json.loads(line) for line in (output / "stages.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["parity", "signal", "step", "loop", "profile"]
+    assert {line["end"] for line in lines} == {"done"}
+    for stage, text in (("parity", "bfloat16"), ("signal", "| 0 |"), ("step", "cifar_resnet8")):
+        assert text in (output / f"{stage}.txt").read_text()
+    assert list((output / "runs" / "profile").glob("plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [("pass", "done"), ("raise SystemExit(3)", "failed"), ("import time; time.sleep(60)", "late")],
+)
+def test_a_stage_ends_in_its_time_and_leaves_what_it_printed(tmp_path, code, end):
+    code = f"print('a table', flush=True); {code}"
+    stage = accelerator.Stage("one", 1, ("-c", code))
+    line = accelerator.run(stage, tmp_path, 3)
+    assert line["end"] == {"late": "out of time"}.get(end, end)
+    assert line["seconds"] < 20
+    assert (tmp_path / "one.txt").read_text() == "a table\n"
+
+
+def test_shares_are_of_the_same_net_and_batch(tmp_path):
+    row = "| h100 | cifar_resnet18 | 128 | 300 | 3 | 1 | 0 | 400 | 1 | 1.00 | 100,000 |"
+    (tmp_path / "roofline.txt").write_text(row + "\n")
+    steps = [f"| cifar_resnet18 | {n} | default | 25000 | 9 (eager) | 2 | 1 |" for n in (128, 512)]
+    (tmp_path / "step.txt").write_text("\n".join(steps))
+    assert accelerator.shares(tmp_path).splitlines()[2:] == [
+        "| cifar_resnet18 | 128 | 25,000 | 100,000 | 25% |"
+    ]
+
+
+def test_parity_tells_a_wrong_number(monkeypatch, capsys):
+    results = {"float32": ([1.0], [2.0]), "bfloat16": ([1.1], [2.1])}
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--nets=net"])
+    monkeypatch.setattr(parity, "results", lambda net, dtype, *_: results[dtype])
+    with pytest.raises(SystemExit, match=r"^False$"):
+        parity.main()
+    assert "| net | bfloat16 | 1.0e-01 | 5.0e-02 |" in capsys.readouterr().out
+    results["bfloat16"] = ([1.0], [float("nan")])
+    with pytest.raises(SystemExit, match=r"^True$"):
+        parity.main()
