@@ -34,10 +34,12 @@ class Program(NamedTuple):
         return compiled.STEPS if self.is_scanned else 1
 
 
+# The examples of a device are no number of channels, by which activations are told from kernels;
+# and many: what is small XLA leaves in float32 between two kernels.
 PROGRAMS = (
-    Program("cifar_resnet18", 128),
-    Program("resnet50", 64, pixels=224),
-    Program("cifar_resnet8", 256, devices=8, accumulation_steps=2),
+    Program("cifar_resnet18", 520),
+    Program("resnet50", 264, pixels=224),
+    Program("cifar_resnet8", 3328, devices=8, accumulation_steps=2),
 )
 
 
@@ -55,16 +57,15 @@ def test_nothing_is_wasted_on_an_h100(program):
         text = compiled.lower(plan, scanned=program.is_scanned).compile().as_text()
     assert text
     module = Module(text)
-    parameters = jax.tree.leaves(compiled.state_of(plan).params)
-    kernel_shapes = [leaf.shape for leaf in parameters if leaf.ndim == 4]
+    kernels = [leaf for leaf in jax.tree.leaves(compiled.state_of(plan).params) if leaf.ndim == 4]
     examples = program.batch_size // program.devices // program.accumulation_steps
 
-    convolutions_are_cudnns(module, 3 * len(kernel_shapes) - 1)
+    convolutions_are_cudnns(module, 3 * len(kernels) - 1)
     no_activation_is_moved_or_wide(module, examples)
     state_is_donated(module, plan)
     loops_have_a_known_length(module, program)
     if program.devices > 1:
-        gradients_meet_once_a_step(module, kernel_shapes, program.steps)
+        gradients_meet_once_a_step(module, program, sum(kernel.size for kernel in kernels))
 
 
 def convolutions_are_cudnns(module: Module, count: int) -> None:
@@ -117,14 +118,13 @@ def loops_have_a_known_length(module: Module, program: Program) -> None:
     assert sorted(loop.trip_count or 0 for loop in loops) == sorted(expected)
 
 
-def gradients_meet_once_a_step(
-    module: Module, kernel_shapes: list[tuple[int, ...]], steps: int
-) -> None:
-    """What is summed over devices has each kernel's gradient once, not once a part."""
-    sums = Counter()
+def gradients_meet_once_a_step(module: Module, program: Program, size: int) -> None:
+    """Of what is summed over devices, BatchNorm's statistics alone are in the loop over parts."""
+    summed = Counter()
     for kernel in module.walk():
         if kernel.instruction.opcode.startswith("all-reduce"):
-            for shape in kernel.instruction.shapes:
-                if len(shape.dims) == 4:
-                    sums[shape.dims] += kernel.times
-    assert sums == Counter(kernel_shapes * steps)
+            elements = sum(math.prod(shape.dims) for shape in kernel.instruction.shapes)
+            summed[kernel.times] += elements
+    assert sorted(summed) == [program.steps, program.steps * program.accumulation_steps]
+    assert size <= summed[program.steps] < 1.1 * size
+    assert summed[program.steps * program.accumulation_steps] < 0.1 * size
