@@ -27,7 +27,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,7 +159,7 @@ def smoke_stages(output: Path) -> list[Stage]:
     ]
 
 
-def run(stage: Stage, output: Path, seconds: float) -> dict[str, object]:
+def run(stage: Stage, output: Path, seconds: float) -> dict[str, Any]:
     """Its line of stages.jsonl."""
     started = time.monotonic()
     with (
