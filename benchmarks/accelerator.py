@@ -119,11 +119,11 @@ def stages(output: Path, card: str | None) -> list[Stage]:
 def smoke_stages(output: Path) -> list[Stage]:
     """One of each kind, with as little as it can do."""
     return [
-        Stage("parity", 2, ("benchmarks/parity.py", "--nets=cifar_resnet8", "--batch_size=4")),
-        Stage("signal", 3, ("benchmarks/faults.py", "--kills=1", "--signal=TERM")),
+        Stage("parity", 10, ("benchmarks/parity.py", "--nets=cifar_resnet8", "--batch_size=4")),
+        Stage("signal", 10, ("benchmarks/faults.py", "--kills=1", "--signal=TERM")),
         Stage(
             "step",
-            2,
+            10,
             (
                 "benchmarks/train_step.py",
                 "--nets=cifar_resnet8",
@@ -134,7 +134,7 @@ def smoke_stages(output: Path) -> list[Stage]:
         ),
         Stage(
             "loop",
-            2,
+            10,
             (
                 "benchmarks/training_loop.py",
                 "--net=cifar_resnet8",
@@ -146,7 +146,7 @@ def smoke_stages(output: Path) -> list[Stage]:
         ),
         Stage(
             "profile",
-            1,
+            10,
             run_of(
                 "digits_resnet8",
                 "profile",
@@ -216,8 +216,11 @@ def shares(output: Path) -> str:
 def make_up_cifar10(folder: Path) -> None:
     """Writes a few random images as CIFAR-10's publisher has them."""
     rng = np.random.default_rng(0)
-    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    files = {name: rng.integers(0, 10, (64, 3073), np.uint8).tobytes() for name in names}
+    counts = {f"data_batch_{i}.bin": 16 for i in range(1, 6)} | {"test_batch.bin": 512}
+    files = {
+        name: rng.integers(0, 10, (count, 3073), np.uint8).tobytes()
+        for name, count in counts.items()
+    }
     files["batches.meta.txt"] = b"\n".join(b"class %d" % i for i in range(10)) + b"\n\n"
     folder.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
