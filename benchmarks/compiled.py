@@ -65,9 +65,10 @@ CARDS = {
     "h100": Card(989.4e12, 3.352e12),
     "a100": Card(312e12, 2.039e12),
     # "TPU v5e" and "TPU v6e", Google Cloud's documentation. The clock is that of which the matrix
-    # units, four of 128x128 and two of 256x256, make these operations.
+    # units make these operations: four of 128x128; and as many as four of 256x256, since libtpu
+    # has a large product take fewer cycles than the two in that documentation could.
     "v5e": Card(197e12, 819e9, 197e12 / (2 * 4 * 128**2)),
-    "v6e": Card(918e12, 1640e9, 918e12 / (2 * 2 * 2 * 256**2)),
+    "v6e": Card(918e12, 1640e9, 918e12 / (2 * 4 * 256**2)),
 }
 PROGRAMS = (
     "cifar_resnet18:128",
@@ -293,14 +294,18 @@ class Module:
             elif match := _INSTRUCTION.match(line):
                 computation[match[1]] = _parse(line, match)
 
-    def walk(self, name: str | None = None, times: int = 1) -> Iterator[Kernel]:
-        """What a run of a computation launches, with how often: loops and calls gone into."""
+    def walk(self, name: str | None = None, times: int = 1, unknown: int = 1) -> Iterator[Kernel]:
+        """What a run of a computation launches, with how often: loops and calls gone into.
+
+        A loop whose length the program does not tell, as a TPU's, is taken to run `unknown` times.
+        """
         computation = self.computations[name or self.entry]
         for instruction in computation.values():
             if instruction.opcode == "while":
-                yield from self.walk(instruction.called, times * (instruction.trip_count or 1))
+                length = instruction.trip_count or unknown
+                yield from self.walk(instruction.called, times * length, unknown)
             elif instruction.opcode in ("call", "async-start"):
-                yield from self.walk(instruction.called, times)
+                yield from self.walk(instruction.called, times, unknown)
             elif instruction.opcode not in _NOT_RUN and not instruction.opcode.endswith("-done"):
                 fused = (
                     self.computations[instruction.called or ""]
@@ -335,7 +340,7 @@ class Cost:
 def cost(module: Module, card: Card, steps: int) -> Cost:
     """Of each of the steps that a program does."""
     total = Cost()
-    for kernel in module.walk():
+    for kernel in module.walk(unknown=steps):
         share, moved = kernel.times / steps, kernel.bytes
         total.kernels += share
         total.bytes += share * moved
