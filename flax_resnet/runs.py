@@ -73,6 +73,11 @@ class Run:
     versions: dict[str, str]
     hardware: dict[str, str]
 
+    def __repr__(self) -> str:
+        model = self.brought.get("model", self.config.model)
+        tested = "" if self.test_accuracy is None else f", test accuracy {self.test_accuracy:.2%}"
+        return f"<Run in {self.workdir}: {model} at step {self.step}{tested}>"
+
 
 def load_run(
     workdir: str | Path, checkpoint: str | int = "best", *, model: nn.Module | None = None

@@ -43,7 +43,7 @@ PROGRAM = """
     for model in models:
         jax.eval_shape(partial(steps, model), images, labels)
     try:
-        jax.eval_shape(partial(models[0].init, train=False), jax.random.key(0), images)
+        jax.eval_shape(partial(fr.BasicBlock(8).init, train=False), jax.random.key(0), images)
     except TypeCheckError:
         print("checked")  # images are floats
 """

@@ -41,6 +41,9 @@ def test_newest_checkpoint_is_the_state_at_the_end(finished, config):
     run = fr.load_run(folder, "newest")
     chex.assert_trees_all_equal(jax.device_get(run.variables), jax.device_get(state.variables))
     assert run.step == 32
+    accuracy = f"{run.records[-1]['test_accuracy']:.2%}"
+    expected = f"<Run in {folder}: cifar_resnet8 at step 32, test accuracy {accuracy}>"
+    assert repr(run) == expected
     assert run.config == check_config(config)
     assert run.class_names == tuple("0123456789")
     assert run.image_shape == (32, 32, 3)

@@ -68,6 +68,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.image_shape))
+        return f"<Dataset: {len(self)} images of {size}, {len(self.class_names)} classes>"
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(H, W, C)."""

@@ -338,13 +338,3 @@ ANTIALIASED: dict[str, Callable[[jax.Array, int], jax.Array]] = {
     "average": avg_pool,
     "blur": blur_pool,
 }
-
-
-def check_common(model: Any, x: jax.Array) -> None:
-    """Raises ValueError for what suits neither ResNet nor ResNet9 nor VGG."""
-    if x.ndim != 4:
-        raise ValueError(f"images are [N, H, W, C], not of shape {x.shape}")
-    if model.num_classes < 0:
-        raise ValueError(f"num_classes is 0 for no classifier, or more: not {model.num_classes}")
-    if isinstance(model.frozen, str):  # of which each letter would be a name
-        raise ValueError(f"frozen is a sequence of names, not {model.frozen!r}")

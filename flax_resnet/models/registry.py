@@ -49,9 +49,12 @@ def create_model(
 
     Raises:
       ValueError: if there is no such model, or the weights cannot be read or do not fit.
-      TypeError: if it has no such field, or weights is neither a path nor an id.
+      TypeError: if it has no such field, or weights is neither a path nor an id, or name no
+        string.
       ImportError: if the weights need torch or huggingface_hub, and it is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is one of fr.list_models(), not {_short(name)}")
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "fr.list_models() names all"

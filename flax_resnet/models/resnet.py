@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_resnet.models.checks import check_fields, checked
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.layers import (
     ANTIALIASED,
@@ -31,7 +32,6 @@ from flax_resnet.models.layers import (
     SqueezeExcite,
     avg_pool,
     blur_pool,
-    check_common,
     conv1x1,
     conv3x3,
     max_pool,
@@ -328,6 +328,7 @@ class PreActBottleneck(ResidualBlock):
         return self.join(out, identity, train)
 
 
+@checked
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling and a linear classifier.
 
@@ -389,7 +390,9 @@ class ResNet(nn.Module):
       dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
-      ValueError: if x is not 4-dimensional, or names the fields that do not go together.
+      TypeError: if x is no array, or `train` is missing.
+      ValueError: if x is not [N, H, W, C] of floats, if the variables or rngs are not what the call
+        needs, or names the fields that do not go together.
     """
 
     block: type[ResidualBlock]
@@ -426,7 +429,7 @@ class ResNet(nn.Module):
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool, *, features: bool = False
     ) -> Float[Array, "n k"] | dict[str, Float[Array, "n ..."]]:
-        self._check(x)
+        self._check()
         frozen = partial(has_frozen_statistics, model_path=self.path, patterns=self.frozen)
         batch_norm = partial(BatchNorm, splits=self.bn_splits, frozen=frozen)
         norm = self.norm
@@ -540,9 +543,9 @@ class ResNet(nn.Module):
             dilations.append(dilation)
         return strides, dilations
 
-    def _check(self, x: jax.Array) -> None:
-        """Raises ValueError where x or the fields make no sense; blocks check their own."""
-        check_common(self, x)
+    def _check(self) -> None:
+        """Raises ValueError where the fields make no sense; blocks check their own."""
+        check_fields(self)
         if not len(self.layers) == len(self.widths) == len(self.strides):
             raise ValueError(
                 "layers, widths and strides have one entry a stage, not "

@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flax_resnet.models.checks import check_fields, checked
 from flax_resnet.models.freezing import has_frozen_statistics
-from flax_resnet.models.layers import BatchNorm, Dtype, check_common, conv3x3, relu, uniform
+from flax_resnet.models.layers import BatchNorm, Dtype, conv3x3, relu, uniform
 from flax_resnet.models.pooling import max_pool2d
 from flax_resnet.models.resnet import BasicBlock
 
 
+@checked
 class ResNet9(nn.Module):
     """A 3x3 convolution, three stages, the maximum of each channel and a linear classifier.
 
@@ -37,8 +39,7 @@ class ResNet9(nn.Module):
       dtype: type of the compute.
 
     Raises (when called):
-      ValueError: if x is not 4-dimensional or has less than 8 pixels a side, or names the
-        fields that make no sense.
+      TypeError, ValueError: as `ResNet`; and if x has less than 8 pixels a side.
     """
 
     num_classes: int = 10
@@ -83,7 +84,7 @@ class ResNet9(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        check_common(self, x)
+        check_fields(self)
         if min(x.shape[1:3]) < 8:
             raise ValueError(f"images have 8 pixels a side or more, not {x.shape[1]}x{x.shape[2]}")
         if len(self.widths) != 4:

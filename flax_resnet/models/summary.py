@@ -5,11 +5,14 @@ convolutions in convolution.cc.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
+from flax_resnet.models.checks import check_model
 from flax_resnet.models.shapes import variable_shapes
 
 
@@ -76,8 +79,13 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
       model: takes images [N, H, W, C] and `train`.
       image_size: height and width of an image, or one number for both.
       channels: of an image.
+
+    Raises:
+      TypeError: if the model is none.
+      ValueError: if the size is neither, or too small for the model.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_model(model, "fr.summary(model, 224)")
+    height, width = _both_sides(image_size)
     layers: list[Layer] = []
 
     def record(next_call, args, kwargs, context: nn.module.InterceptorContext) -> Any:
@@ -102,3 +110,14 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
         # init, and not apply, since `scan_blocks` runs one block for all there.
         variable_shapes(model, (height, width, channels))
     return Summary(tuple(layers))
+
+
+def _both_sides(size: Any) -> tuple[int, int]:
+    try:
+        height, width = (size, size) if np.ndim(size) == 0 else size
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"image_size is a number of pixels or (height, width), not {size!r}: write "
+            "fr.summary(model, (224, 224), channels=3)"
+        ) from None

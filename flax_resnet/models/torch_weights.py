@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.models.checks import check_model, check_variables, some
 from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.weight_files import read_state_dict
@@ -36,7 +37,6 @@ _LEAVES = {
     "var": "running_var",
 }
 _FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
-_SHOWN = 5  # entries of one kind in an error
 
 
 def from_torch(
@@ -55,12 +55,13 @@ def from_torch(
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
 
     Raises:
-      TypeError: for anything else, such as a torch.nn.Module.
+      TypeError: for anything else, such as a torch.nn.Module, or if the model is none.
       ValueError: names five entries each that are missing, left over or of another shape, and
         counts the rest; names one whose values are not there or not real numbers; or
         says why the file cannot be read.
       ImportError: see `read_state_dict`.
     """
+    check_model(model, "fr.from_torch(model, state_dict)")
     what = "the state_dict"
     if isinstance(state_dict, str | os.PathLike):
         what, state_dict = os.fspath(state_dict), read_state_dict(state_dict)
@@ -71,6 +72,8 @@ def from_torch(
             "from_torch takes a state_dict, which is a dict of tensors, or the path of one, "
             f"not a {kind.__module__}.{kind.__qualname__}{hint}"
         )
+    if "params" in state_dict:
+        raise ValueError("these are the variables of a Flax model already, and no state_dict")
     named = in_our_names(state_dict)
     try:
         arrays = {name: _to_numpy(name, value) for name, value in named.items()}
@@ -84,8 +87,8 @@ def from_torch(
     left_over = [name for name in arrays if name not in expected]
     if 2 * len(missing) > len(expected) and 2 * len(left_over) > len(arrays):
         raise ValueError(
-            f"{what} has other names than the model: {_some(left_over)}, where the model "
-            f"has {_some(missing)}"
+            f"{what} has other names than the model: {some(left_over)}, where the model "
+            f"has {some(missing)}"
         )
     flat, misshapen = {}, []
     for name, path in expected.items():
@@ -101,7 +104,7 @@ def from_torch(
             flat[path] = jnp.array(_from_layout(array), jnp.float32)
     problems = {"missing ": missing, "left over ": left_over, "": misshapen}
     if any(problems.values()):
-        listed = "; ".join(kind + _some(entries) for kind, entries in problems.items() if entries)
+        listed = "; ".join(kind + some(entries) for kind, entries in problems.items() if entries)
         raise ValueError(f"{what} does not fit the model: {listed}")
     return unflatten_dict(flat)
 
@@ -144,7 +147,8 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
 
     Raises:
-      ValueError: if they are not that, or stacked: see `unstack_blocks`.
+      TypeError: if the model is none.
+      ValueError: if the variables are not that, or stacked: see `unstack_blocks`.
     """
     import torch
 
@@ -154,16 +158,14 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The same in NumPy arrays and without PyTorch."""
-    form = 'variables are {"params": ..., "batch_stats": ...}, as model.init gives them'
-    if "params" not in variables:
-        names = _some([str(name) for name in variables])
-        raise ValueError(f"{form}, not a dict of {names or 'nothing'}: give it all of them")
+    check_model(model, "fr.to_torch(model, variables)")
+    check_variables(variables)
     arrays = to_arrays(variables)
     if "batch_stats" not in variables:
         shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
         if "batch_stats" in shapes:
             raise ValueError(
-                f'{form}, and without "batch_stats" the statistics of BatchNorm are lost: write '
+                'without "batch_stats" the statistics of BatchNorm are lost: give '
                 '{"params": params, "batch_stats": batch_stats}'
             )
     return arrays
@@ -190,11 +192,6 @@ def torch_name(path: tuple[str, ...]) -> str:
     name = name.replace("downsample_conv.", "downsample.0.")
     name = name.replace("downsample_bn.", "downsample.1.")
     return re.sub(r"_(\d+)\.", r".\1.", name)
-
-
-def _some(entries: list[str]) -> str:
-    more = len(entries) - _SHOWN
-    return ", ".join(entries[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _to_layout(array: np.ndarray) -> np.ndarray:

@@ -78,7 +78,9 @@ def variant(
     if (known := VARIANTS.get(start.__name__)) and known.make is start:
         model, fields = known.model, {**known.fields, **fields}
 
-    def make(**changes: Any) -> M:
+    def make(*values: Any, **changes: Any) -> M:
+        if values:
+            raise TypeError(_by_name(VARIANTS[name], values))
         for field in changes:
             if field not in signature.parameters and field != "parent":
                 raise TypeError(_no_such_field(VARIANTS[name], field, signature))
@@ -126,10 +128,20 @@ def _docstring(entry: Variant) -> str:
     return "\n\n".join(part if "\n" in part else textwrap.fill(part, 90) for part in parts)
 
 
+def _by_name(entry: Variant, values: tuple[Any, ...]) -> str:
+    said = f"{entry.name} takes its fields by name, not {', '.join(map(repr, values))}: write "
+    if isinstance(values[0], int) and not isinstance(values[0], bool):
+        return f"{said}fr.{entry.name}(num_classes={values[0]})"
+    return said + _with_weights(entry)
+
+
+def _with_weights(entry: Variant) -> str:
+    return f'fr.create_model("{entry.name}", weights="{entry.hub_id() or "PATH"}")'
+
+
 def _no_such_field(entry: Variant, field: str, signature: inspect.Signature) -> str:
     if field in ("pretrained", "weights"):
-        source = entry.hub_id() or "PATH"
-        hint = f'write fr.create_model("{entry.name}", weights="{source}")'
+        hint = f"write {_with_weights(entry)}"
     elif field == "block":
         hint = f"write fr.{entry.name}().clone(block=...)"
     elif near := difflib.get_close_matches(field, signature.parameters, n=1):

@@ -13,18 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from flax_resnet.models.checks import check_fields, checked
 from flax_resnet.models.freezing import has_frozen_statistics
-from flax_resnet.models.layers import (
-    BatchNorm,
-    Dtype,
-    check_common,
-    conv3x3,
-    relu,
-    relu_from_output,
-)
+from flax_resnet.models.layers import BatchNorm, Dtype, conv3x3, relu, relu_from_output
 from flax_resnet.models.pooling import max_pool2d
 
 
+@checked
 class VGG(nn.Module):
     """Stages of 3x3 convolutions, each with a 2x2 max-pool, and three linear layers.
 
@@ -48,8 +43,7 @@ class VGG(nn.Module):
       dtype: type of the compute.
 
     Raises (when called):
-      ValueError: if x is not 4-dimensional or has less than 2 ** len(layers) pixels a side, or
-        names the fields that make no sense.
+      TypeError, ValueError: as `ResNet`; and if x has less than 2 ** len(layers) pixels a side.
     """
 
     layers: Sequence[int]
@@ -100,7 +94,7 @@ class VGG(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        check_common(self, x)
+        check_fields(self)
         if len(self.layers) != len(self.widths):
             raise ValueError(
                 f"layers and widths have one entry a stage, not {len(self.layers)} "

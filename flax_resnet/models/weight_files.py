@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from flax_resnet.models.checks import some
 from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.hub import download, shards
 
@@ -49,7 +50,10 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     # os.path says no where Path raises: a name too long, a folder not to be looked into.
     if not os.path.exists(path) and path.suffix.lower() not in _SUFFIXES:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(source)):
-            raise ValueError(f"{source} is neither a file nor the id of a Hub repository")
+            raise ValueError(
+                f"{source} is neither a file nor the id of a Hub repository, which are such as "
+                "timm/resnet18.a1_in1k"
+            )
         path = download(os.fspath(source))
     return in_our_names(_read(path))
 
@@ -135,7 +139,7 @@ def _unwrap(path: Path, content: Any) -> dict[str, Any]:
     ):
         held = type(content).__name__
         if isinstance(content, Mapping):
-            held = "a dict of " + ", ".join(map(str, list(content)[:5]))
+            held = f"a dict of {some(content)}"
         raise ValueError(f"{path} holds no state_dict, which is a dict of tensors, but {held}")
     return dict(content)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.models.checks import check_model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import (
     from_torch,
@@ -41,9 +42,11 @@ def save_weights(
       path: of the file, ends in `.safetensors`.
 
     Raises:
-      ValueError: if it ends in something else, if the file cannot be written, or the
+      TypeError: if the model is none.
+      ValueError: if the path ends in something else, if the file cannot be written, or the
         variables are not that or stacked: see `unstack_blocks`.
     """
+    check_model(model, "fr.save_weights(model, variables, path)")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not {path}")

@@ -261,6 +261,10 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     Raises:
       InputError: names every unknown key, wrong type and value out of range.
     """
+    if not isinstance(config, Mapping | ConfigDict):
+        raise InputError(
+            f"a config is what fr.default_config() gives, or a dict, not {_short(config)}"
+        )
     hints = typing.get_type_hints(Config)
     checked, problems = {}, []
     for key, value in config.items():

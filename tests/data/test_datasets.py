@@ -47,6 +47,7 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
     for split, chosen in (("train", ~is_test), ("test", is_test)):
         dataset = load_dataset("digits", split, str(digits_dir))
         assert dataset.images.shape == (chosen.sum(), 32, 32, 3)
+        assert repr(dataset) == f"<Dataset: {len(dataset)} images of 32x32x3, 10 classes>"
         assert dataset.images.dtype == np.uint8
         assert dataset.labels.dtype == np.int32
         assert dataset.class_names == tuple("0123456789")
