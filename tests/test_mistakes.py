@@ -195,7 +195,7 @@ MISTAKES = {
     ),
     "save_weights without batch_stats": (
         lambda: fr.save_weights(MODEL, {"params": PARAMS}, "net.safetensors"),
-        'without "batch_stats" the statistics of BatchNorm are lost: give {"params": params, '
+        'without "batch_stats" the statistics of BatchNorm are lost: write {"params": params, '
         '"batch_stats": batch_stats}',
     ),
     # Summaries.

@@ -26,7 +26,7 @@ _VARIABLES = 'variables are {"params": ..., "batch_stats": ...}, as model.init g
 _FIRST = ("conv1", "conv1_0", "features_0")
 _LAST = ("fc", "classifier_6")
 
-M = TypeVar("M", bound=type[nn.Module])
+M = TypeVar("M", bound=nn.Module)
 
 
 def some(names: Iterable[Any]) -> str:
@@ -36,18 +36,18 @@ def some(names: Iterable[Any]) -> str:
     return ", ".join(listed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def checked(model: M) -> M:
+def checked(model: type[M]) -> type[M]:
     """The class of a model [N, H, W, C] -> logits, whose calls say what is wrong with them."""
     call: Callable[..., Any] = model.__call__
 
     @functools.wraps(call)
-    def checked_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def checked_call(self: M, *args: Any, **kwargs: Any) -> Any:
         if self.scope is None:
             raise TypeError(_UNBOUND)
         if "train" not in kwargs and len(args) < 2:
             name = type(self).__name__
             raise TypeError(f"{name} has to be told whether it trains: write {_EVALUATION}")
-        x = args[0] if args else kwargs.get("x")
+        x: Any = args[0] if args else kwargs.get("x")
         _check_images(x)
         try:
             return call(self, *args, **kwargs)

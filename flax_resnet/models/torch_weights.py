@@ -165,7 +165,7 @@ def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[st
         shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
         if "batch_stats" in shapes:
             raise ValueError(
-                'without "batch_stats" the statistics of BatchNorm are lost: give '
+                'without "batch_stats" the statistics of BatchNorm are lost: write '
                 '{"params": params, "batch_stats": batch_stats}'
             )
     return arrays
