@@ -1,4 +1,5 @@
-"""The table of docs/models.md: every model, its size, and how far its logits are from timm's.
+"""The tables of docs/models.md: all names at a glance; every model, its size, and how far its
+logits are from timm's.
 
     python benchmarks/models.py
 
@@ -22,15 +23,35 @@ from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.variants import VARIANTS, Variant
 
 
+def overview() -> list[str]:
+    """The lines of the first table: by paper and size of the images, all names."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    for name, variant in VARIANTS.items():
+        groups.setdefault((variant.pixels, variant.paper), []).append(f"`{name}`")
+    return [
+        "| pixels | source | names |",
+        "|---:|---|---|",
+        *(
+            f"| {pixels} | {linked(paper)} | {', '.join(names)} |"
+            for (pixels, paper), names in sorted(groups.items(), key=lambda group: -group[0][0])
+        ),
+    ]
+
+
+def linked(paper: str, *, with_title: bool = True) -> str:
+    """The authors, and the title or else the number as a link."""
+    text = r"\1" if with_title else r"\2"
+    return re.sub(r", (.*), arXiv:([\d.]+)", rf", [{text}](https://arxiv.org/abs/\2)", paper)
+
+
 def row(variant: Variant, difference: float | None) -> str:
     """A line of the table."""
     summary = fr.summary(variant.make(), variant.pixels)
     giga, pixels = summary.multiply_adds / 1e9, variant.pixels
-    # The authors, and a link in place of the title.
-    source = re.sub(r", .*, arXiv:([\d.]+)", r", [\1](https://arxiv.org/abs/\1)", variant.paper)
     beside = "" if difference is None else f"{difference:.0e}"
     return (
-        f"| {variant.name} | {summary.parameters:,} | {giga:#.3g} | {pixels} | {source} "
+        f"| {variant.name} | {summary.parameters:,} | {giga:#.3g} | {pixels} "
+        f"| {linked(variant.paper, with_title=False)} "
         f"| {variant.weights or 'none'} | {beside} |"
     )
 
@@ -85,6 +106,7 @@ def rows() -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    print("\n".join(overview()), end="\n\n")
     print("| model | parameters | GMACs | pixels | source | published weights | beside timm |")
     print("|---|---:|---:|---:|---|---|---:|")
     for line in rows():

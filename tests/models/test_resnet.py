@@ -4,6 +4,7 @@ import ast
 import inspect
 import pickle
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,12 @@ def test_parameter_count_and_float32_logits(name):
         assert (result.shape, result.dtype) == ((2, model.num_classes), jnp.float32)
 
 
-def test_the_table_of_models_is_up_to_date():
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+def test_the_tables_of_models_are_up_to_date():
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "models.md").read_text()
+    overview = runpy.run_path(str(root / "benchmarks" / "models.py"))["overview"]()
+    assert "\n".join(overview) in text
+    assert sorted(re.findall(r"`(\w+)`", "".join(overview))) == sorted(fr.list_models())
     rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| (\d+) \|", text, re.MULTILINE)
     assert [name for name, *_ in rows] == fr.list_models()
     for name, parameters, giga, pixels in rows:
