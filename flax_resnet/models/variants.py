@@ -122,8 +122,9 @@ def _docstring(entry: Variant) -> str:
         f"{entry.parameters:g} million parameters; {entry.multiply_adds:g} * 10^9 multiply-adds "
         f"for an image of {entry.pixels}x{entry.pixels} pixels.",
         f"Published weights that fit: {weights}",
-        f"Args: the fields of `{model}`, by name. {differing or 'All have their defaults'}.",
-        f"Raises:\n  TypeError: if `{model}` has no such field.",
+        f"Args: any field of `{model}` by name, as in fr.{entry.name}(num_classes=10). Those that "
+        f"this net sets: {differing or 'none'}.",
+        f"Raises:\n  TypeError: if `{model}` has no such field, or for a value without a name.",
     ]
     return "\n\n".join(part if "\n" in part else textwrap.fill(part, 90) for part in parts)
 
