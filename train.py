@@ -11,7 +11,9 @@ On several hosts start it on each, with the same arguments: as it is on a TPU po
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
 """
 
-import argparse
+import ast
+import atexit
+import contextlib
 import importlib.util
 import os
 import re
@@ -20,13 +22,27 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+
+def end_by_signal(number: int, *_: object) -> NoReturn:
+    """Ends the program without waiting for what still runs in other threads."""
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":  # before the imports that take a while
+    signal.signal(signal.SIGINT, end_by_signal)
+    signal.signal(signal.SIGTERM, end_by_signal)
+
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+# Where config_flags looks for --config.KEY: the command line, of which `parse_flags` takes out
+# what it does not know.
+_ARGUMENTS: list[str] = []
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="The recipe, e.g. configs/digits_resnet8.py."
+    "config", help_string="The recipe, e.g. configs/digits_resnet8.py.", sys_argv=_ARGUMENTS
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; a fresh one in runs/, named after the recipe, if not set."
@@ -43,12 +59,10 @@ def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
     from flax_resnet.memory import reuse_memory
-    from flax_resnet.progress import hush_libraries, quietly
+    from flax_resnet.progress import hush_libraries, quietly, say
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
-    if len(arguments) > 1:
-        fail(f"what is {arguments[1]!r}? Options begin with --")
     hush_libraries(logging.FATAL)  # they tell of an error before they raise it
     reuse_memory()
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
@@ -57,7 +71,10 @@ def main(arguments: list[str]) -> None:
         processes = connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if processes > 1 and _WORKDIR.value is None:
             fail("several processes need a --workdir that all of them see")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # to take back what is half done
         with quietly(_QUIET.value):
+            if told := settle_length(_CONFIG.value):
+                say(told)
             train(_CONFIG.value, workdir)
             report_after_training(workdir)
     except InputError as error:
@@ -70,34 +87,142 @@ def main(arguments: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)  # the run has stopped in order, on all hosts
 
 
+def settle_length(config: ConfigDict) -> str:
+    """Lets num_epochs, where the command line gives it last, be the length; what to say of it."""
+    keys = [key for _, key, _ in overrides_in(_ARGUMENTS) if key in ("num_epochs", "num_steps")]
+    if not keys or keys[-1] == "num_steps" or config.get("num_steps") is None:
+        return ""
+    told = f"num_epochs={config.num_epochs} takes the place of num_steps={config.num_steps}"
+    config.num_steps = None
+    return told
+
+
+# The command line.
+
+
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parses the command line; the config file runs here, so anything can go wrong."""
+    if {"-h", "--help", "--helpshort", "--helpfull"} & set(arguments):
+        print(help_text())
+        sys.exit(0)
     try:
-        return parse(flags.FLAGS, arguments)
+        _ARGUMENTS[:] = arguments
+        _ARGUMENTS[:] = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
+        check_recipe(_ARGUMENTS)
+        unset = take_unset(_ARGUMENTS)
+        rest = flags.FLAGS(_ARGUMENTS)
+        list(_CONFIG.value)  # raises if it could not be read
     except Exception as error:
-        problem = describe(error)
-    # That was the first; every --config.KEY=VALUE by itself shows all of them.
-    config_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_only.add_argument("--config", default="")
-    known, others = config_only.parse_known_args(arguments[1:])
+        # That was the first; every --config.KEY=VALUE by itself shows all of them.
+        fail("; ".join(problems_of_overrides(_ARGUMENTS)) or describe(error))
+    if len(rest) > 1:
+        fail(f"what is {rest[1]!r}? Options begin with --")
+    for key in unset:
+        *folder, name = key.split(".")
+        place = _CONFIG.value[folder[0]] if folder else _CONFIG.value
+        with place.unlocked():
+            place[name] = None
+    return rest
+
+
+def check_recipe(arguments: list[str]) -> None:
+    """Raises a flags.Error where the command line names no recipe that is there."""
+    name = recipe_in(arguments)
+    if name is None:
+        for one in arguments[1:2]:
+            if one.endswith(".py"):
+                raise flags.Error(f"did you mean --config {one}?")
+            if not one.startswith("-"):
+                raise flags.Error(f"what is {one!r}? Options begin with --")
+        raise flags.Error("name a recipe, e.g. --config configs/digits_resnet8.py")
+    path = name.split(":")[0]
+    if not os.path.isfile(path):
+        known = ", ".join(map(str, recipes()))
+        raise flags.Error(f"there is no recipe {path or repr(path)}; those that there are: {known}")
+
+
+def recipe_in(arguments: list[str]) -> str | None:
+    """What stands for --config; the last of several counts."""
+    name = None
+    for one, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        if match := re.fullmatch("--?config(=(.*))?", one, re.DOTALL):
+            name = match[2] if match[1] else None if following.startswith("-") else following
+    return name
+
+
+def recipes() -> list[Path]:
+    """Those that come with this program, as one may name them from here."""
+    folder = Path(__file__).with_name("configs")
+    return sorted(Path(os.path.relpath(path)) for path in folder.glob("*.py"))
+
+
+def overrides_in(arguments: list[str]) -> list[tuple[int, str, list[str]]]:
+    """Of every --config.KEY=VALUE, --config.KEY VALUE and --noconfig.KEY: place, KEY, words."""
+    found = []
+    for place, (one, following) in enumerate(zip(arguments, [*arguments[1:], "-"], strict=True)):
+        if match := re.match("--?(no)?config[.]([^=]*)(=?)", one):
+            alone = match[1] or match[3] or following.startswith("-")
+            found.append((place, match[2], [one] if alone else [one, following]))
+    return found
+
+
+def take_unset(arguments: list[str]) -> list[str]:
+    """Takes every KEY=None out of the command line, of keys that may be None.
+
+    Returns:
+      The keys of which that is the last word.
+    """
+    from flax_resnet.training import default_config
+
+    defaults = default_config()
+    optional = {key for key, value in defaults.items() if value is None}
+    optional |= {f"model_fields.{name}" for name in defaults.model_fields}
+    is_unset = {}
+    for place, key, words in reversed(overrides_in(arguments)):
+        value = words[0].partition("=")[2] if len(words) == 1 else words[1]
+        is_none = key in optional and value == "None"
+        is_unset.setdefault(key, is_none)
+        if is_none:
+            del arguments[place : place + len(words)]
+    return [key for key, unset in is_unset.items() if unset]
+
+
+def problems_of_overrides(arguments: list[str]) -> list[str]:
+    """What is wrong with each --config.KEY=VALUE; nothing where the recipe itself is no good."""
+    recipe = f"--config={recipe_in(arguments)}"
+    try:
+        config = read_recipe([arguments[0], recipe])
+    except Exception:
+        return []
     problems = []
-    for override in [a for a in others if re.match("--?config[.].*=", a)]:
-        alone = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=alone)
-        sys.argv = [arguments[0], f"--config={known.config}", override]  # what it reads
+    for _, key, words in overrides_in(arguments):
         try:
-            parse(alone, sys.argv)
+            check_key(config, key)
+            read_recipe([arguments[0], recipe, *words])
         except Exception as error:
             problems.append(describe(error))
-    fail("; ".join(dict.fromkeys(problems)) or problem)
+    return list(dict.fromkeys(problems))
 
 
-def parse(values: flags.FlagValues, arguments: list[str]) -> list[str]:
-    rest = values(arguments)
-    if values["config"].value is None:
-        raise flags.Error("name a recipe, e.g. --config configs/digits_resnet8.py")
-    list(values["config"].value)  # raises if the file is not there
-    return rest
+def read_recipe(arguments: list[str]) -> Any:
+    """The config of a command line."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    values(arguments)
+    list(values["config"].value)
+    return values["config"].value
+
+
+def check_key(config: Any, key: str) -> None:
+    """Raises a flags.Error where a config has no such key, with the one that may be meant."""
+    from flax_resnet.training.config import near_key
+
+    for name in key.split("."):
+        if not isinstance(config, ConfigDict):
+            raise flags.Error(f"unknown config key {key!r}")
+        if name not in config:
+            raise flags.Error(f"unknown config key {name!r}{near_key(name, list(config))}")
+        config = config[name]
 
 
 def describe(error: Exception) -> str:
@@ -106,25 +231,73 @@ def describe(error: Exception) -> str:
         names = [repr(name) for name in re.findall(r'(?<=["\'])\w+(?=\W)', str(error))]
         hint = f": did you mean {names[1]}?" if len(names) > 1 else ""
         return f"unknown config key {names[0]}{hint}" if names else f"AttributeError: {error}"
+    if "Traceback (most recent call last)" in str(error):  # of the recipe, by ml_collections
+        return str(error).rstrip().rpartition("\n")[2]
     return str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
+
+
+def help_text() -> str:
+    """All that the command line takes, without a look into what takes seconds to import."""
+    listed = [(path, ast.get_docstring(ast.parse(path.read_text())) or "") for path in recipes()]
+    package = importlib.util.find_spec("flax_resnet")
+    assert package
+    assert package.origin
+    source = Path(package.origin).with_name("training").joinpath("config.py").read_text()
+    (config,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "Config"
+    )
+    keys = source.splitlines()[config.body[0].end_lineno : config.end_lineno]
+    return "\n".join(
+        [
+            f"{__doc__}",
+            flags.FLAGS.main_module_help(),
+            "",
+            "Recipes:",
+            *(f"  {path}: {text.partition(chr(10))[0]}" for path, text in listed),
+            "",
+            "Keys of the config, with their types and defaults, each as --config.KEY=VALUE:",
+            *keys,
+        ]
+    )
 
 
 def fail(error: object, code: int = 2) -> NoReturn:
     """Ends the program with one line on standard error."""
     from flax_resnet.errors import one_line
 
-    print("train.py:", one_line(error), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit code tells it too
+        print("train.py:", one_line(error), file=sys.stderr)
     sys.exit(code)
 
 
-def end_by_signal(code: int) -> NoReturn:
-    """Ends the program without waiting for what still runs in other threads."""
-    sys.stderr.flush()
-    os._exit(code)
+# Standard error.
+
+
+def open_closed_streams() -> None:
+    """Standard streams that are closed lead nowhere; else the next files have their numbers.
+
+    And messages of C++ to standard error would be written into a file of the run.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def let_go_of_standard_error() -> None:
+    """What could not be written is no reason for another exit code."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(128 + number))
+    open_closed_streams()
+    atexit.register(let_go_of_standard_error)
     try:
         # By its file: its package imports JAX, for nothing where the program starts again.
         package = importlib.util.find_spec("flax_resnet")
@@ -133,4 +306,4 @@ if __name__ == "__main__":
             memory["restart_with_memory_kept"]()
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:
-        end_by_signal(128 + signal.SIGINT)
+        end_by_signal(signal.SIGINT)

@@ -19,8 +19,13 @@ def printable(text: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """What an exception says, or its name if it says nothing."""
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    """What an exception says, or its name if it says nothing; of what is very long both ends."""
+    words = " ".join(_shortened(word, 400) for word in str(error).split())
+    return printable(_shortened(words, 4000)) or type(error).__name__
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 2 :]}"
 
 
 def short_reason(error: object, length: int = 300) -> str:

@@ -43,9 +43,13 @@ def hush_libraries(level: int) -> None:
 
 
 def warn(line: str) -> None:
-    """Writes a line, above the bar if there is one; on the first host."""
-    if _is_first_host():
-        tqdm.write(line, file=sys.stderr)
+    """Writes a line, above the bar if there is one; on the first host.
+
+    Where standard error is closed, full or read by nobody any more, work goes on without it.
+    """
+    if _is_first_host() and sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # the latter of a file that is closed
+            tqdm.write(line, file=sys.stderr)
 
 
 def _is_first_host() -> bool:
@@ -61,7 +65,8 @@ def say(line: str) -> None:
 
 def shows_bars() -> bool:
     """Whether bars are drawn: by the first host, on a terminal."""
-    return not _quiet and sys.stderr.isatty() and _is_first_host()
+    is_open = sys.stderr is not None and not sys.stderr.closed
+    return not _quiet and is_open and sys.stderr.isatty() and _is_first_host()
 
 
 def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable[T]:

@@ -51,7 +51,7 @@ from flax_resnet.runs import Run, load_run, open_run
 from flax_resnet.training import check_config, hosts
 from flax_resnet.training.data import Split
 from flax_resnet.training.history import best_of
-from flax_resnet.training.jsonfiles import write_whole
+from flax_resnet.training.jsonfiles import user_path, write_whole
 from flax_resnet.training.own import without_replaced
 
 _BINS = 15
@@ -125,7 +125,7 @@ def write_report(
         runs = [
             load_run(r.workdir, "newest", model=model) if "model" in r.brought else r for r in runs
         ]
-    path = Path(workdirs[0]) / "report.html" if output is None else Path(output)
+    path = runs[0].workdir / "report.html" if output is None else user_path(output)
     if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a device
         raise InputError(f"{path} is not a file: name one by --output")
     short = [run.workdir.resolve().name for run in runs]

@@ -26,7 +26,7 @@ from flax_resnet.training.checkpoint_files import (
 )
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.history import Record
-from flax_resnet.training.jsonfiles import read_json
+from flax_resnet.training.jsonfiles import read_json, user_path
 from flax_resnet.training.mesh import find_devices, make_mesh
 from flax_resnet.training.plan import build_model
 
@@ -108,10 +108,11 @@ def load_run(
 
 def open_run(workdir: str | Path, checkpoint: str | int, model: nn.Module | None = None) -> Run:
     """As `load_run`, but a run whose model is its own is opened without that too."""
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     path = workdir / "config.json"
     if not os.path.isfile(path):  # False too where one may not look
         raise InputError(f"{workdir} is not the folder of a run: it has no config.json")
+    files.check_files(workdir)
     stored = read_json(path)
     brought = _words(stored.pop(files.BROUGHT, {}))
     try:
@@ -179,29 +180,10 @@ def make_classifier(
 
 def _description(path: Path) -> dict[str, Any]:
     """What `Run` has from dataset.json."""
-    content = read_json(path)
-    keys = ("class_names", "image_shape", "mean", "std")
-    names, shape, mean, std = (content.get(key, ()) for key in keys)
-    if not (
-        _is_list_of(str, names)
-        and _is_list_of(int, shape)
-        and len(shape) == 3
-        and all(_is_list_of(float, numbers) for numbers in (mean, std))
-        and len(mean) == len(std) == shape[2]
-    ):
-        raise InputError(
-            f"{path} is damaged: it does not hold class_names, image_shape, mean and std"
-        )
-    return {
-        "class_names": tuple(names),
-        "image_shape": tuple(shape),
-        "mean": tuple(mean),
-        "std": tuple(std),
-    }
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
+    content = read_json(path, files.DESCRIPTION)
+    if not len(content["mean"]) == len(content["std"]) == content["image_shape"][2]:
+        raise InputError(f"{path} is damaged: it does not hold mean and std of each channel")
+    return {key: tuple(content[key]) for key in files.DESCRIPTION}
 
 
 def _read_patiently(

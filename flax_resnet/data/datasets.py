@@ -355,7 +355,7 @@ def _open(name: str, data_dir: str) -> _Builder:
             f"there, {parsed.name}"
         )
     folder = os.path.join(data_dir, parsed.name)
-    if (path := _special_file(folder)) is not None:
+    if (path := special_file(folder)) is not None:
         raise InputError(_damaged(parsed.name, folder, f"{path} is not a file"))
     open_builder = Digits if name == "digits" else partial(tfds.builder, name)
     try:
@@ -388,18 +388,18 @@ def _open(name: str, data_dir: str) -> _Builder:
     return builder
 
 
-def _special_file(folder: str, depth: int = 3) -> str | None:
-    """A pipe, socket or device in the folder of a data set, where reading might never end.
+def special_file(folder: str | os.PathLike[str], depth: int = 3) -> str | None:
+    """A pipe, socket or device in a folder, where reading might never end.
 
     Args:
       folder: that need not exist.
-      depth: of its folders, for configuration, version and files.
+      depth: of its folders; those of a data set are for configuration, version and files.
     """
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir():
-                    if depth and (path := _special_file(entry.path, depth - 1)) is not None:
+                    if depth and (path := special_file(entry.path, depth - 1)) is not None:
                         return path
                 elif not entry.is_file() and os.path.exists(entry.path):
                     return entry.path

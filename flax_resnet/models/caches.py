@@ -1,5 +1,6 @@
-"""Where what can be made anew is kept from one process to the next."""
+"""Where what can be made anew is kept from one process to the next, and paths in a home."""
 
+import os
 from pathlib import Path
 
 import platformdirs
@@ -12,3 +13,11 @@ def cache_folder(name: str) -> Path | None:
     except RuntimeError:
         return None
     return folder / name if folder.is_absolute() else None
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path in which ~ stands for a home folder; ValueError where there is none."""
+    path = os.path.expanduser(path)
+    if path.startswith("~"):
+        raise ValueError(f"there is no home folder for {path}: name another path")
+    return Path(path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from flax_resnet.models.caches import expanded
 from flax_resnet.models.checks import some
 from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.hub import download, shards
@@ -46,7 +47,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
         from it without unpickling more than tensors and a script's arguments.
       ImportError: if torch or huggingface_hub would be needed and is not installed.
     """
-    path = Path(source)
+    path = expanded(source)
     # os.path says no where Path raises: a name too long, a folder not to be looked into.
     if not os.path.exists(path) and path.suffix.lower() not in _SUFFIXES:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(source)):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.models.caches import expanded
 from flax_resnet.models.checks import check_model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import (
@@ -47,7 +48,7 @@ def save_weights(
         variables are not that or stacked: see `unstack_blocks`.
     """
     check_model(model, "fr.save_weights(model, variables, path)")
-    path = Path(path)
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not {path}")
     arrays = to_checked_arrays(model, variables)

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_resnet.errors import InputError, short_reason
+from flax_resnet.training.jsonfiles import read_json
 
 _REPLACED = "replaced"
 _MANIFEST = "manifest.json"
@@ -76,15 +77,7 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
     Raises:
       InputError: if it cannot be read.
     """
-    try:
-        content = json.loads((checkpoint / "run" / "metadata").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"checkpoint {checkpoint} cannot be read: {short_reason(error)}"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
-        raise InputError(f"checkpoint {checkpoint} is damaged: it does not say how it came about")
-    return content
+    return read_json(checkpoint / "run" / "metadata", {"records": lambda v: isinstance(v, list)})
 
 
 def accuracy_at(history: Mapping[str, Any], step: int) -> float | None:
@@ -192,11 +185,11 @@ def damage_of(checkpoint: Path) -> str | None:
       InputError: if there is no permission to read them.
     """
     try:
-        expected = dict(json.loads((checkpoint / _MANIFEST).read_text()))
+        expected = read_json(checkpoint / _MANIFEST)
         actual = dict(_digests(checkpoint))
-    except PermissionError as error:
-        raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (InputError, OSError) as error:
+        if isinstance(error.__cause__ or error, PermissionError):
+            raise InputError(f"checkpoint {checkpoint} cannot be read: {error}") from error
         return short_reason(error)
     for name in sorted({*expected, *actual}):
         if name not in actual:
@@ -221,8 +214,14 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:
-    """Name and SHA-256 of every file."""
+    """Name and SHA-256 of every file.
+
+    Raises:
+      OSError: if one cannot be read, or is a pipe, say, which would never end.
+    """
     for path in sorted(checkpoint.rglob("*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError(f"{path.relative_to(checkpoint)} is not a file")
         if path.is_file() and path.name not in _NOT_IN_MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -167,6 +167,10 @@ _DECIDED_BY_OTHER_KEYS = {
     "parent",
 }
 
+# What a field of a model may be, before it is built to see whether it fits.
+_MOST_BLOCKS = 400  # a stage; ResNet-1202 has 200
+_LARGEST_FIELD = 2**16
+
 # What a value has to be, beyond its type.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
@@ -269,9 +273,7 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     checked, problems = {}, []
     for key, value in config.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f": did you mean {near[0]!r}?" if near else ""
-            problems.append(f"unknown config key {_short(key)}{hint}")
+            problems.append(f"unknown config key {_short(key)}{near_key(str(key), list(hints))}")
         elif not _has_type(value, hints[key]):
             problems.append(f"{key} must be {_expected(hints[key])}, not {_short(value)}")
         elif key in _RANGES and not _RANGES[key][0](value):
@@ -295,6 +297,14 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     if problems:
         raise InputError("; ".join(problems))
     return run
+
+
+def near_key(key: str, keys: Sequence[str]) -> str:
+    """The key that is meant perhaps, to be put after that there is no such key; "" if none is."""
+    asked = key.lower().replace("-", "_")
+    initials = {"".join(word[0] for word in name.split("_")): name for name in keys}  # lr, wd
+    near = difflib.get_close_matches(asked, keys, n=1) or [initials.get(asked)]
+    return f": did you mean {near[0]!r}?" if near[0] else ""
 
 
 def numbers_of(normalize: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -341,6 +351,11 @@ def _model_problems(run: Config) -> list[str]:
     taken = _DECIDED_BY_OTHER_KEYS & set(run.model_fields)
     if taken:
         return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
+    for name, value in run.model_fields.items():
+        numbers = value if isinstance(value, tuple | list) else [value]
+        most = _MOST_BLOCKS if name == "layers" else _LARGEST_FIELD
+        if any(isinstance(n, int | float) and not abs(n) <= most for n in numbers):
+            return [f"model_fields.{name} must be at most {most}, not {_short(value)}"]
     try:
         model = create_model(run.model, frozen=run.freeze, **run.model_fields)
     except ValueError as error:

@@ -28,7 +28,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.progress import say
 from flax_resnet.training.config import Config, numbers_of
 from flax_resnet.training.hardware import host_memory
-from flax_resnet.training.jsonfiles import read_json
+from flax_resnet.training.jsonfiles import read_json, user_path
 
 # The rest of the memory is for activations, gradients and the optimizer.
 _SHARE_OF_MEMORY = 0.25
@@ -246,8 +246,8 @@ def _normalization(
 
 def _of_source(init_from: str) -> Statistics:
     """What the weights were trained with; says so."""
-    path = Path(init_from) / "dataset.json"
-    if os.path.isdir(init_from):
+    path = user_path(init_from) / "dataset.json"
+    if os.path.isdir(path.parent):
         statistics, whose = _stored(read_json(path), path), f"the run in {init_from}"
     else:
         statistics, whose = _IMAGENET, "ImageNet's, as published weights mostly want them"

@@ -3,22 +3,28 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import filelock
 
+from flax_resnet.data.datasets import special_file
 from flax_resnet.errors import InputError
 from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
 from flax_resnet.training.data import FOLDER, Data
-from flax_resnet.training.jsonfiles import read_json, write_json
+from flax_resnet.training.jsonfiles import is_list_of, read_json, write_json
 from flax_resnet.training.own import without_replaced
 
 # Of config.json, beside the keys of `Config`: by name, what a script has brought.
 BROUGHT = "brought"
+
+# Folders in each other, down to those of a checkpoint's arrays.
+_DEPTH = 6
 
 # Not what is computed, so it may change between two starts of one run.
 _FREE_KEYS = (
@@ -31,6 +37,28 @@ _FREE_KEYS = (
     "log_every",
     "profile_steps",
 )
+
+
+# Of an image, in bytes of its pixels: what is larger is damaged.
+_LARGEST_IMAGE = 2**28
+
+
+def _is_image_shape(value: Any) -> bool:
+    is_one = is_list_of(int, value) and len(value) == 3 and min(value) >= 1
+    return is_one and math.prod(value) <= _LARGEST_IMAGE
+
+
+def _is_numbers(value: Any) -> bool:
+    return is_list_of(float, value) and all(map(math.isfinite, value))
+
+
+# What dataset.json holds at least.
+DESCRIPTION: dict[str, Callable[[Any], bool]] = {
+    "class_names": partial(is_list_of, str),
+    "image_shape": _is_image_shape,
+    "mean": _is_numbers,
+    "std": _is_numbers,
+}
 
 
 def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> None:
@@ -52,6 +80,7 @@ def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> 
         raise InputError(f"cannot write workdir {workdir}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"cannot write workdir {workdir}: {existing} is not writable")
+    check_files(workdir)
     path = workdir / "config.json"
     if not path.exists():
         if steps_in(workdir):
@@ -75,6 +104,16 @@ def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> 
             f"workdir {workdir} holds a run of another config: {', '.join(other)}; "
             "name another --workdir"
         )
+
+
+def check_files(workdir: Path) -> None:
+    """Refuses a folder of a run with a pipe in it, say, where reading might never end.
+
+    Raises:
+      InputError: names it.
+    """
+    if (path := special_file(workdir, _DEPTH)) is not None:
+        raise InputError(f"{path} is not a file: take it out of the folder of the run")
 
 
 def _check_brought(workdir: Path, theirs: Any, ours: Mapping[str, str]) -> None:

@@ -1,10 +1,12 @@
 """Several processes as one run, by `jax.distributed`."""
 
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -45,15 +47,15 @@ def connect(
         host, port = _check(*given)
         if process_id:
             _wait_for(host, port)
+        else:
+            _check_free(port)
     # Under these JAX would take the first of the GPUs alone.
     elif os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1":
         return 1
     try:
-        jax.distributed.initialize(
-            *given,
-            cluster_detection_method=detection,
-            initialization_timeout=_SECONDS_TO_MEET,
-        )
+        _meet(*given, cluster_detection_method=detection)
+    except InputError:
+        raise
     except Exception as error:  # of JAX, and of what tells it of the cluster around it
         if coordinator is None and isinstance(error, ValueError):
             return 1  # JAX found nothing around it that would tell it the three
@@ -71,14 +73,65 @@ def _check(
     if coordinator is None or num_processes is None or process_id is None:
         raise InputError("coordinator, num_processes and process_id go together: give all three")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InputError(f"coordinator is HOST:PORT, not {coordinator!r}")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise InputError(f"coordinator is HOST:PORT, not {short_reason(repr(coordinator))}")
     if not 0 <= process_id < num_processes:
         raise InputError(
             f"process_id must be from 0 to num_processes - 1 = {num_processes - 1}, "
             f"not {process_id}"
         )
+    host = host.removeprefix("[").removesuffix("]")  # of IPv6
+    try:
+        socket.getaddrinfo(host, port)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"coordinator {host} is no host: {short_reason(error)}") from error
     return host, int(port)
+
+
+def _check_free(port: int) -> None:
+    """Whether process 0 can listen there; JAX's own message of that has two lines."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise InputError(
+            f"process 0 cannot listen on port {port}: {error.strerror}; name another by "
+            "--coordinator, in all processes"
+        ) from error
+
+
+def _meet(*given: Any, **options: Any) -> None:
+    """jax.distributed.initialize, in which signals are heard.
+
+    JAX waits in C++, and aborts the program when its time is over.
+
+    Raises:
+      InputError: if the others do not come.
+    """
+    raised: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                *given, initialization_timeout=int(10 * _SECONDS_TO_MEET), **options
+            )
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=initialize, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + _SECONDS_TO_MEET
+    while thread.is_alive():
+        thread.join(0.2)
+        if thread.is_alive() and time.monotonic() > deadline:
+            raise InputError(
+                f"the processes of this run did not meet in {_SECONDS_TO_MEET} s: are all "
+                "started, with the same coordinator and num_processes, and is it process 0 that "
+                "listens there?"
+            )
+    if raised:
+        raise raised[0]
 
 
 def _wait_for(host: str, port: int) -> None:

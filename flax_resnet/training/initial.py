@@ -17,6 +17,7 @@ from flax_resnet.models.weights import fit_weights
 from flax_resnet.progress import say
 from flax_resnet.training.checkpoint_files import choose_checkpoint, read_variables, steps_in
 from flax_resnet.training.config import Config
+from flax_resnet.training.jsonfiles import user_path
 from flax_resnet.training.steps import TrainState
 
 # Of a model, by their paths.
@@ -39,8 +40,9 @@ def read_initial(config: Config, workdir: Path) -> Mapping[str, Any] | None:
             "name the weights to start from: --config.init_from=SOURCE, the folder of a run, "
             "a file of weights, or the id of a Hugging Face Hub repository"
         )
+    source = user_path(source)
     if os.path.isdir(source):
-        best = choose_checkpoint(Path(source), "best")
+        best = choose_checkpoint(source, "best")
         return to_arrays(read_variables(best))
     try:
         return read_state_dict(source)

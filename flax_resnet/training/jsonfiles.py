@@ -1,18 +1,27 @@
-"""JSON files of a run, whoever has written to them since."""
+"""JSON files of a run, whoever has written to them since, and paths that a user names."""
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flax_resnet.errors import InputError, short_reason
+from flax_resnet.models.caches import expanded
 
 # A checkpoint's history of a million steps stays below it.
 _MOST_BYTES = 2**28
+_DEEPEST = 20
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(
+    path: Path, schema: Mapping[str, Callable[[Any], bool]] | None = None
+) -> dict[str, Any]:
     """The object that a JSON file holds.
+
+    Args:
+      path: of the file.
+      schema: by key, whether a value will do; the key has to be there.
 
     Raises:
       InputError: if it cannot be read, is no file or a very large one, or holds something else.
@@ -29,7 +38,24 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {short_reason(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: it does not hold a JSON object")
+    if _is_deeper(content, _DEEPEST):
+        raise InputError(f"{path} is damaged: it is nested more than {_DEEPEST} deep")
+    checks = (schema or {}).items()
+    if bad := [key for key, fits in checks if key not in content or not fits(content[key])]:
+        raise InputError(f"{path} is damaged: it does not hold {', '.join(bad)} as a run has it")
     return content
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    """Whether a value of a JSON file is a list, not empty, of one type."""
+    return isinstance(value, list) and bool(value) and all(type(v) is kind for v in value)
+
+
+def _is_deeper(content: Any, depth: int) -> bool:
+    if not isinstance(content, dict | list):
+        return False
+    inner = content.values() if isinstance(content, dict) else content
+    return depth == 0 or any(_is_deeper(value, depth - 1) for value in inner)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -40,5 +66,20 @@ def write_json(path: Path, content: Any) -> None:
 def write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # it may be anything, as a pipe
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a user names it; ~ stands for a home folder.
+
+    Raises:
+      InputError: if there is no such home, or it is no path.
+    """
+    if "\0" in os.fspath(path):
+        raise InputError(f"{short_reason(path)} is no path")
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise InputError(short_reason(error)) from error

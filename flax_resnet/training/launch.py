@@ -22,6 +22,7 @@ from flax_resnet.training.config import check_config
 from flax_resnet.training.feeds import open_feed
 from flax_resnet.training.history import History
 from flax_resnet.training.initial import start_from
+from flax_resnet.training.jsonfiles import user_path
 from flax_resnet.training.loop import Loop
 from flax_resnet.training.mesh import describe_mesh, replicated
 from flax_resnet.training.own import Augment, Own
@@ -89,7 +90,7 @@ def train(
       SystemExit: with code 143 after SIGTERM.
     """
     plan = make_plan(
-        check_config(config), Path(workdir), Own(model, data, loss, optimizer, augment)
+        check_config(config), user_path(workdir), Own(model, data, loss, optimizer, augment)
     )
     try:
         with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as stack:

@@ -18,10 +18,10 @@ def find_devices(*, local: bool = False) -> list[Any]:
     """
     try:
         return jax.local_devices() if local else jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where there is no plugin for it
-        raise InputError(
-            f"JAX cannot start: {short_reason(error)}; JAX_PLATFORMS=cpu takes the CPU"
-        ) from error
+    except (RuntimeError, AssertionError) as error:
+        # The latter, which says nothing, where there is no plugin for it.
+        reason = short_reason(error) if str(error) else "no plugin is there for $JAX_PLATFORMS"
+        raise InputError(f"JAX cannot start: {reason}; JAX_PLATFORMS=cpu takes the CPU") from error
 
 
 def make_mesh(
