@@ -69,6 +69,10 @@ def main(arguments: list[str]) -> None:
     workdir = _WORKDIR.value or f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         processes = connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    except InputError as error:
+        say_why(error)
+        os._exit(2)  # else JAX would tell at length of what it takes back
+    try:
         if processes > 1 and _WORKDIR.value is None:
             fail("several processes need a --workdir that all of them see")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # to take back what is half done
@@ -263,12 +267,17 @@ def help_text() -> str:
     )
 
 
-def fail(error: object, code: int = 2) -> NoReturn:
-    """Ends the program with one line on standard error."""
+def say_why(error: object) -> None:
+    """Writes one line on standard error."""
     from flax_resnet.errors import one_line
 
     with contextlib.suppress(OSError):  # the exit code tells it too
         print("train.py:", one_line(error), file=sys.stderr)
+
+
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Ends the program with one line on standard error."""
+    say_why(error)
     sys.exit(code)
 
 

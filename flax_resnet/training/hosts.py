@@ -96,7 +96,7 @@ def _check_free(port: int) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise InputError(
-            f"process 0 cannot listen on port {port}: {error.strerror}; name another by "
+            f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; name another by "
             "--coordinator, in all processes"
         ) from error
 
