@@ -5,10 +5,11 @@ broken script, a broken disk or a malicious friend might leave. It is run in a f
 process that has imported everything. What is sound after all ends where the training would begin.
 """
 
+import collections
 import contextlib
-import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -20,12 +21,15 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +50,24 @@ TEXTS = (
     *("", "-1", "0", "1e999", "nan", "None", "True", "()", "(1,", "{}", "[1, 2]", "10**9", "'"),
     *("%s", "{0}", str(2**31), str(2**63), "1_0", "-0.0", "A" * 10_000, "(" * 3000, "[" * 100_000),
     *("\x1b[31m", "a\nb", "\u202eabc", "\ud83d".encode("utf-8", "surrogatepass").decode("latin-1")),
-    *("~", "~nobody/x", "/dev/full", "/dev/null/x", "/proc/self/mem", "/", ".", "..", "folder:/nope"),
-    *("folder:~nobody", "gs://bucket/x", "http://127.0.0.1:9/x", "huggingface:x/y", "x" * 300 + "/y"),
+    *(
+        "~",
+        "~nobody/x",
+        "/dev/full",
+        "/dev/null/x",
+        "/proc/self/mem",
+        "/",
+        ".",
+        "..",
+        "folder:/nope",
+    ),
+    *(
+        "folder:~nobody",
+        "gs://bucket/x",
+        "http://127.0.0.1:9/x",
+        "huggingface:x/y",
+        "x" * 300 + "/y",
+    ),
     *("(0.5, nan)", "(1, 'a')", "{'layers': (1,)}", "(10**5, 1, 1)", "100000", "(100000, 1, 1)"),
 )
 VALUES: tuple[Any, ...] = (
@@ -64,12 +84,12 @@ CONTENTS: tuple[bytes, ...] = (
 
 @dataclass
 class Attack:
-    """A command line, by the program's name and its arguments, and the exit codes that are right."""
+    """A command line, the exit codes that are right, and the function that made it."""
 
-    kind: str
     program: str
     arguments: list[str]
     codes: tuple[int, ...]
+    maker: str = ""
 
 
 @dataclass
@@ -198,7 +218,15 @@ def sign_anew(checkpoint: Path) -> None:
 def on_command_line(rng: random.Random, base: Path, folder: Path) -> Attack:
     from flax_resnet.training import default_config
 
-    keys = [*default_config(), "learnng_rate", "batch-size", "lr", "model_fields.depth", "a.b.c", ""]
+    keys = [
+        *default_config(),
+        "learnng_rate",
+        "batch-size",
+        "lr",
+        "model_fields.depth",
+        "a.b.c",
+        "",
+    ]
     keys += [f"model_fields.{name}" for name in default_config().model_fields]
     arguments = [RECIPE, f"--config.data_dir={base / 'data'}", f"--workdir={folder / 'run'}"]
     arguments += [f"--config.{key}={value}" for key, value in SHORT.items()]
@@ -225,14 +253,16 @@ def on_command_line(rng: random.Random, base: Path, folder: Path) -> Attack:
         )
     if "None" not in arguments and rng.random() < 0.3:
         arguments.append("--config.dataset=nope")
-    return Attack("command line", "train", [a.replace("\0", "") for a in arguments], (0, 2))
+    return Attack("train", [a.replace("\0", "") for a in arguments], (0, 2))
 
 
 def on_run(rng: random.Random, base: Path, folder: Path) -> Attack:
     run = folder / "run"
     shutil.copytree(base / "run", run)
     paths = [path for path in sorted(run.rglob("*")) if path.is_file()]
-    named = [path for path in paths if path.suffix in (".json", ".jsonl") or path.name == "metadata"]
+    named = [
+        path for path in paths if path.suffix in (".json", ".jsonl") or path.name == "metadata"
+    ]
     for _ in range(rng.choice((1, 1, 1, 3))):
         path = rng.choice(named if rng.random() < 0.6 else paths)
         if path.is_file():
@@ -249,7 +279,7 @@ def on_run(rng: random.Random, base: Path, folder: Path) -> Attack:
         "report": [str(run), "--quiet"],
     }
     program = rng.choice(tuple(arguments))
-    return Attack("run folder", program, arguments[program], (0, 2))
+    return Attack(program, arguments[program], (0, 2))
 
 
 def on_data(rng: random.Random, base: Path, folder: Path) -> Attack:
@@ -271,7 +301,7 @@ def on_data(rng: random.Random, base: Path, folder: Path) -> Attack:
         arguments += ["--config.eval_split=val", "--config.image_size=32", "--config.batch_size=4"]
         arguments.append(f"--config.bad_images={rng.choice(('stop', 'skip'))}")
     arguments.append("--config.stream_workers=0")
-    return Attack("data folder", "train", arguments, (0, 2))
+    return Attack("train", arguments, (0, 2))
 
 
 class _Call:
@@ -297,7 +327,7 @@ def on_weights(rng: random.Random, base: Path, folder: Path) -> Attack:
     path.write_bytes(content)
     arguments = [RECIPE, f"--config.data_dir={base / 'data'}", f"--workdir={folder / 'run'}"]
     arguments += [f"--config.{key}={value}" for key, value in SHORT.items()]
-    return Attack("weights", "train", [*arguments, f"--config.init_from={path}", "--quiet"], (0, 2))
+    return Attack("train", [*arguments, f"--config.init_from={path}", "--quiet"], (0, 2))
 
 
 def on_picture(rng: random.Random, base: Path, folder: Path) -> Attack:
@@ -314,7 +344,7 @@ def on_picture(rng: random.Random, base: Path, folder: Path) -> Attack:
     options = ["--json"] * rng.randrange(2)
     given = [str(path), str(folder)][rng.random() < 0.2]
     arguments = ["--workdir", str(base / "run"), "--quiet", *options, given]
-    return Attack("picture", "predict", arguments, (0, 1, 2))
+    return Attack("predict", arguments, (0, 1, 2))
 
 
 KINDS: tuple[Callable[[random.Random, Path, Path], Attack], ...] = (
@@ -332,7 +362,9 @@ KINDS: tuple[Callable[[random.Random, Path, Path], Attack], ...] = (
 def run_attack(seed: int, number: int, base: Path, folder: Path) -> Outcome:
     """Makes an attack and runs it in a fork; JAX is not to have started in this process."""
     rng = random.Random(f"{seed}/{number}")
-    attack = rng.choice(KINDS)(rng, base, folder)
+    make = rng.choice(KINDS)
+    attack = make(rng, base, folder)
+    attack.maker = make.__name__
     said = folder / "stderr"
     started = time.monotonic()
     child = os.fork()
@@ -375,8 +407,6 @@ def _become(attack: Attack, folder: Path, said: Path) -> None:
         os.chdir(ROOT)
         code = _run(attack)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError, ValueError):
@@ -405,27 +435,59 @@ def _run(attack: Attack) -> int:
     return 0
 
 
-def prepare_to_fork() -> None:
+def _start_worker(caches: str) -> None:
     """Imports what the programs import, and says where what they compile is kept."""
-    import warnings
-
     os.environ["GLIBC_TUNABLES"] = ""  # or train.py would start itself again
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["XDG_CACHE_HOME"] = caches
     os.environ.pop("TFDS_DATA_DIR", None)
     warnings.simplefilter("ignore")  # of JAX, for forks: it has not started here
 
-    import flax_resnet.predict
-    import flax_resnet.report
+    import jax
 
+    from flax_resnet import evaluate, predict, report  # noqa: F401
+
+    jax.config.update("jax_compilation_cache_dir", f"{caches}/xla")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with contextlib.suppress(ImportError):
-        import torch
+        import torch  # noqa: F401
 
 
-def run_attacks(count: int, seed: int, base: Path, first: int = 0) -> list[tuple[int, Outcome]]:
-    """The attacks from number `first` on, one after the other."""
-    outcomes = []
-    for number in range(first, first + count):
-        with tempfile.TemporaryDirectory(dir=base.parent) as folder:
-            outcomes.append((number, run_attack(seed, number, base, Path(folder))))
-    return outcomes
+def _run_numbered(seed: int, base: Path, number: int) -> Outcome:
+    with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+        return run_attack(seed, number, base, Path(folder))
+
+
+def main(count: int, seed: int) -> NoReturn:
+    """Runs the attacks on all cores, and prints a table; exits with 1 if there is any fault."""
+    spawn = multiprocessing.get_context("spawn")
+    names = ("traceback", "exit code", "lines", "time")
+    table = {make.__name__: collections.Counter() for make in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        base, caches = Path(folder) / "base", f"{folder}/caches"
+        with ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=_start_worker, initargs=(caches,)
+        ) as one:
+            one.submit(make_base, base).result()
+        with ProcessPoolExecutor(
+            mp_context=spawn, initializer=_start_worker, initargs=(caches,)
+        ) as pool:
+            outcomes = pool.map(partial(_run_numbered, seed, base), range(count))
+            for number, outcome in enumerate(outcomes):
+                faults = outcome.faults()
+                row = table[outcome.attack.maker]
+                row.update(["attacks", *faults])
+                if faults:
+                    said = outcome.said[-1000:]
+                    print(
+                        f"{number}: {', '.join(faults)}: exit code {outcome.code} in "
+                        f"{outcome.seconds:.1f} s of {outcome.attack.program} "
+                        f"{outcome.attack.arguments}\n{said}",
+                        file=sys.stderr,
+                    )
+    print("| input | attacks | tracebacks | exit codes | more than a line | more than 10 s |")
+    print("|---|---|---|---|---|---|")
+    for kind, row in table.items():
+        counts = " | ".join(str(row[name]) for name in ("attacks", *names))
+        print(f"| {kind.removeprefix('on_').replace('_', ' ')} | {counts} |")
+    sys.exit(any(row[name] for row in table.values() for name in names))

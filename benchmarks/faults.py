@@ -1,11 +1,16 @@
 """Kills a run at random moments, goes on with it, and compares it with one left in peace.
 
     python benchmarks/faults.py --kills 20 [--feed stream] [--signal TERM]
+    python benchmarks/faults.py --attack 1000
 
 The run is digits_resnet8, shortened, with a checkpoint every half second inside its epochs
 too. Every other kill (SIGKILL, or what --signal says) comes while a checkpoint is being written,
 the others at any moment from the start of the process on. A run that reaches its end before the
 kills are used up is compared, and another begun. Exits with 1 if anything differs.
+
+With --attack it gives the programs so many hostile inputs instead, see attack.py beside it, and
+counts tracebacks, wrong exit codes, more than one line on standard error and more than 10 s. Each
+is told of on standard error. Exits with 1 if there is any.
 """
 
 import argparse
@@ -22,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import attack
 import jax
 import numpy as np
 
@@ -77,10 +83,13 @@ def result(workdir: Path) -> tuple[list[dict], list[np.ndarray]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kills a run, and goes on with it.")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, or of the inputs")
     parser.add_argument("--feed", choices=("resident", "stream"), default="resident")
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--attack", type=int, metavar="N", help="hostile inputs instead of kills")
     arguments = parser.parse_args()
+    if arguments.attack is not None:
+        attack.main(arguments.attack, arguments.seed)
     number = signal.Signals[f"SIG{arguments.signal}"]
     random.seed(arguments.seed)
 

@@ -36,10 +36,13 @@ from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
 from flax_resnet.training.data import Split, open_split
+from flax_resnet.training.hardware import host_memory
 
 # A split that takes more bytes is streamed, where its files allow that.
 _LARGE = 2**30
 _TOP = 5
+# It, and what is made of it in float64.
+_BYTES_A_LOGIT = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +129,15 @@ def evaluate(run: Run, data: Split, *, flip: bool = False) -> Evaluation:
       flip: take the mean of the logits of each image and of its mirror image.
 
     Raises:
-      InputError: if the examples cannot be read.
+      InputError: if the examples cannot be read, or what is said of them would take most of the
+        memory.
     """
+    needed = _BYTES_A_LOGIT * len(data) * len(run.class_names)
+    if needed > host_memory() / 2:
+        raise InputError(
+            f"the evaluation of {len(data):,} images of {len(run.class_names):,} classes would "
+            f"take {needed / 2**30:.0f} GiB: name a part of the split"
+        )
     size = min(run.config.eval_batch_size, len(data))
     classify = make_classifier(run, size, flip=flip)
     what = f"evaluating {len(data)} images"
@@ -175,8 +185,7 @@ def summarize(run: Run, evaluation: Evaluation) -> dict[str, Any]:
       "accuracy" and "interval" are None for a class without examples.
     """
 
-    def proportion(correct: np.ndarray) -> dict[str, Any]:
-        hits, count = int(correct.sum()), len(correct)
+    def proportion(hits: int, count: int) -> dict[str, Any]:
         return {
             "examples": count,
             "correct": hits,
@@ -184,12 +193,16 @@ def summarize(run: Run, evaluation: Evaluation) -> dict[str, Any]:
             "interval": wilson_interval(hits, count) if count else None,
         }
 
-    return proportion(evaluation.correct) | {
+    labels, correct = evaluation.labels, evaluation.correct
+    counts, hits = (
+        np.bincount(of, minlength=len(run.class_names)).tolist() for of in (labels, labels[correct])
+    )
+    return proportion(sum(hits), sum(counts)) | {
         "top5_accuracy": evaluation.accuracy_among(_TOP),
         "loss": evaluation.loss,
         "classes": [
-            {"name": name} | proportion(evaluation.correct[evaluation.labels == label])
-            for label, name in enumerate(run.class_names)
+            {"name": name} | proportion(hit, count)
+            for name, hit, count in zip(run.class_names, hits, counts, strict=True)
         ],
     }
 

@@ -59,6 +59,8 @@ _MISTAKES = 12
 _FILTERS = 64
 # A table of the confusions has so many classes at most.
 _CLASSES = 20
+# And a drawing of them so many rows: it has no more pixels.
+_SIDE = 500
 # Of the runs, on light and on dark paper.
 _COLORS = (
     ("#1f77b4", "#4ea3e0"),
@@ -285,8 +287,7 @@ def calibration_error(counts: np.ndarray, confidence: np.ndarray, accuracy: np.n
 def _confusion(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     """Rows for a table, or a drawing and the most frequent pairs where there are many classes."""
     count = len(run.class_names)
-    pairs = evaluation.labels * count + evaluation.predictions
-    matrix = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    matrix = _confusion_matrix(evaluation, count)
     # The root, for mistakes to be seen beside what is right.
     tint = np.sqrt(matrix / np.maximum(matrix.sum(1, keepdims=True), 1))
     if count <= _CLASSES:
@@ -301,14 +302,24 @@ def _confusion(run: Run, evaluation: Evaluation) -> dict[str, Any]:
     color = np.array([0.55, 0.35, 0.75])  # seen on light paper and on dark
     axes.imshow(np.dstack([np.broadcast_to(color, (*tint.shape, 3)), tint]), interpolation="none")
     axes.set(xlabel="predicted", ylabel="true")
-    mistakes = np.where(np.eye(count, dtype=bool), 0, matrix)
-    order = np.argsort(-mistakes, axis=None, stable=True)[:_CLASSES]
+    wrong = ~evaluation.correct
+    mistakes = np.stack([evaluation.labels[wrong], evaluation.predictions[wrong]])
+    (labels, predictions), counts = np.unique(mistakes, axis=1, return_counts=True)
     frequent = [
-        (run.class_names[i // count], run.class_names[i % count], int(mistakes.flat[i]))
-        for i in order
-        if mistakes.flat[i]
+        (run.class_names[labels[i]], run.class_names[predictions[i]], int(counts[i]))
+        for i in np.argsort(-counts, stable=True)[:_CLASSES]
     ]
     return {"rows": None, "svg": _svg(figure, "confusion matrix"), "pairs": frequent}
+
+
+def _confusion_matrix(evaluation: Evaluation, count: int) -> np.ndarray:
+    """Numbers of images by true and predicted class; of very many classes neighbours are one."""
+    side = min(count, _SIDE)
+    labels, predictions = (
+        classes.astype(np.int64) * side // count
+        for classes in (evaluation.labels, evaluation.predictions)
+    )
+    return np.bincount(labels * side + predictions, minlength=side**2).reshape(side, side)
 
 
 def _mistakes(

@@ -43,6 +43,12 @@ def test_numbers_are_those_of_scikit_learn(run, rng):
     assert sum(one["examples"] for one in summary["classes"]) == 500
 
 
+def test_what_would_not_fit_is_refused(run, monkeypatch):
+    monkeypatch.setattr(module, "host_memory", lambda: 32 * 101 * 10)
+    with pytest.raises(fr.InputError, match="of 101 images of 10 classes would take 0 GiB: name"):
+        evaluate(run, open_test_set(run))
+
+
 @pytest.mark.parametrize(("correct", "count"), [(0, 10), (7, 10), (10, 10), (9321, 10000)])
 def test_interval_is_wilsons(correct, count):
     z, p = 1.959963984540054, correct / count

@@ -69,6 +69,22 @@ def test_only_a_terminal_gets_a_bar(monkeypatch, terminal):
     assert "a line\n" in written
 
 
+class Broken(io.StringIO):
+    def write(self, text):
+        raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("kind", ["closed", "closed by Python", "full"])
+def test_work_goes_on_without_standard_error(monkeypatch, capsys, kind):
+    stderr = Broken() if kind == "full" else io.StringIO()
+    stderr.close() if kind == "closed by Python" else None
+    monkeypatch.setattr(sys, "stderr", None if kind == "closed" else stderr)
+    run()
+    assert list(bar("abc", 3, "reading")) == ["a", "b", "c"]
+    warn("a warning")
+    assert capsys.readouterr().out == ""  # where tqdm would write instead
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_quiet_keeps_warnings(monkeypatch, terminal):
     stderr = Terminal() if terminal else io.StringIO()

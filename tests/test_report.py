@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,6 +126,24 @@ def test_confusion_of_many_classes_is_drawn(run, rng):
     assert confusion["pairs"] == [("<7>", "<9>", int((labels == 7).sum()))]
     assert "data:image/png;base64," in confusion["svg"]
     assert "<7>" not in confusion["svg"]
+
+
+def test_confusion_of_very_many_classes_takes_little_memory(run, rng):
+    """Where a matrix of all pairs would take 40 GB."""
+    names = tuple(map(str, range(70_000)))
+    labels = rng.permutation(70_000)[:5000].astype(np.int32)
+    predictions = np.where(np.arange(5000) < 9, 69_999, labels)
+    labels[:7] = 5
+    evaluation = mock.Mock(labels=labels, predictions=predictions, correct=predictions == labels)
+    tracemalloc.start()
+    confusion = report._confusion(dataclasses.replace(run, class_names=names), evaluation)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    assert confusion["pairs"][0] == ("5", "69999", 7)
+    assert sum(count for _, _, count in confusion["pairs"]) == 9
+    matrix = report._confusion_matrix(evaluation, 70_000)
+    assert (matrix.sum(), matrix.shape) == (5000, (500, 500))
+    assert matrix[0, 499] >= 7
 
 
 def test_calibration(rng):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import chex
@@ -13,7 +14,7 @@ import pytest
 import flax_resnet as fr
 from flax_resnet import runs
 from flax_resnet.data import normalize
-from flax_resnet.training import check_config, checkpoint_files
+from flax_resnet.training import check_config, checkpoint_files, initial
 from flax_resnet.training.checkpoint_files import choose_checkpoint
 
 
@@ -107,6 +108,11 @@ def test_run_in_its_first_epoch(run_copy):
     assert (run.test_accuracy, run.records) == (None, ())
 
 
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def flip_a_bit(folder):
     path = max(
         (folder / "checkpoints" / "32" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
@@ -121,6 +127,22 @@ def flip_a_bit(folder):
     [
         (lambda f: (f / "config.json").unlink(), "is not the folder of a run: it has no config"),
         (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
+        (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json cannot be read: "),
+        (lambda f: (f / "config.json").write_text('{"a":' * 30 + "1" + "}" * 30), "is nested more"),
+        (lambda f: (f / "dataset.json").write_text("[]"), "does not hold a JSON object"),
+        (lambda f: (f / "checkpoints/32/manifest.json").write_text("[]"), "not hold a JSON object"),
+        (lambda f: (f / "checkpoints/32/manifest.json").write_text('{"\0": 1}'), "is damaged: "),
+        (lambda f: change_history(f / "checkpoints/32/run/metadata", records=1), "hold records as"),
+        (lambda f: change_json(f / "dataset.json", image_shape=[0, 32, 3]), "hold image_shape as"),
+        (lambda f: change_json(f / "dataset.json", image_shape=[-1, 32, 3]), "hold image_shape as"),
+        (lambda f: change_json(f / "dataset.json", image_shape=[10**6, 10**6, 3]), "image_shape"),
+        (lambda f: change_json(f / "dataset.json", image_shape=[10**30, 1, 3]), "image_shape as"),
+        (lambda f: pipe(f / "config.json"), "is not the folder of a run"),
+        (lambda f: pipe(f / "dataset.json"), "dataset.json is not a file: take it out of"),
+        (lambda f: pipe(f / "metrics.jsonl"), "metrics.jsonl is not a file"),
+        (lambda f: pipe(f / "checkpoints/32/manifest.json"), "manifest.json is not a file"),
+        (lambda f: pipe(f / "checkpoints/32/_CHECKPOINT_METADATA"), "_METADATA is not a file"),
+        (lambda f: pipe(f / "checkpoints/32/state/d/pipe"), "state/d/pipe is not a file"),
         (lambda f: change_json(f / "config.json", seeed=1), "did you mean 'seed'?"),
         (lambda f: change_json(f / "config.json", model="cifar_resnet20"), "is of another model"),
         (lambda f: (f / "dataset.json").unlink(), "dataset.json cannot be read"),
@@ -161,3 +183,29 @@ def test_classifier_is_the_model_on_normalised_images(finished, config):
     both = (expected + logits(np.flip(images, 2))) / 2
     flipped = runs.make_classifier(run, 10, flip=True)(images)
     np.testing.assert_allclose(flipped, both, rtol=1e-4, atol=1e-4)
+
+
+def test_tilde_is_the_home_folder(finished, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(finished[0].parent))
+    assert fr.load_run(f"~/{finished[0].name}").workdir == finished[0]
+    assert initial.read_initial(
+        check_config({"init_from": f"~/{finished[0].name}", "model": "cifar_resnet8"}), tmp_path
+    )
+    net = fr.create_model("cifar_resnet8", num_classes=2)
+    variables = net.init(jax.random.key(0), np.zeros((1, 8, 8, 3)), train=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fr.save_weights(net, variables, "~/w.safetensors")
+    chex.assert_trees_all_equal(fr.from_torch(net, "~/w.safetensors"), variables)
+    assert (tmp_path / "w.safetensors").is_file()
+
+
+def test_no_home_is_a_line_and_no_folder_of_that_name(monkeypatch, tmp_path, config):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", os.fspath)  # as without $HOME and a user of no name
+    with pytest.raises(fr.InputError, match="there is no home folder for ~/run"):
+        fr.train(config, "~/run")
+    with pytest.raises(fr.InputError, match="there is no home folder for ~/run"):
+        fr.load_run("~/run")
+    with pytest.raises(ValueError, match=r"there is no home folder for ~/w\.safetensors"):
+        fr.save_weights(fr.resnet18(), {}, "~/w.safetensors")
+    assert not list(tmp_path.iterdir())

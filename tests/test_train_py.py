@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -34,14 +35,31 @@ def run_train(*arguments, data_dir, **environment):
     ("arguments", "message"),
     [
         ((), "name a recipe, e.g. --config configs/digits_resnet8.py"),
-        (("--config", "configs/nope.py"), "No such file or directory: 'configs/nope.py'"),
+        (("--config",), "name a recipe, e.g. --config configs/digits_resnet8.py"),
+        (("--config", "--config.seed=3"), "name a recipe, e.g."),
+        (("configs/digits_resnet8.py",), "did you mean --config configs/digits_resnet8.py?"),
+        (
+            ("--config", "configs/nope.py"),
+            "there is no recipe configs/nope.py; those that there are: configs/cifar_resnet18.py, ",
+        ),
+        (("--config", "configs"), "there is no recipe configs; those that there are: "),
+        (("--flagfile=/nope",), "No such file or directory: '/nope'"),
+        ((f"{DIGITS[0]}={DIGITS[1]}:x",), "TypeError: get_config() takes 0 positional arguments"),
         ((*DIGITS, "--confg.seed=1"), "Unknown command line flag 'confg.seed'"),
         ((*DIGITS, "seed=1"), "what is 'seed=1'? Options begin with --"),
         (
             (*DIGITS, "--config.learnng_rate=1"),
             "unknown config key 'learnng_rate': did you mean 'learning_rate'?",
         ),
+        ((*DIGITS, "--config.batch-size=3"), "key 'batch-size': did you mean 'batch_size'?"),
+        ((*DIGITS, "--config.lr=1"), "unknown config key 'lr': did you mean 'learning_rate'?"),
+        ((*DIGITS, "--config.lr"), "unknown config key 'lr': did you mean 'learning_rate'?"),
+        ((*DIGITS, "--config.epochs=3"), "key 'epochs': did you mean 'num_epochs'?"),
+        ((*DIGITS, "--config.seed.x=3"), "unknown config key 'seed.x'"),
         ((*DIGITS, "--config.model_fields.depth=1"), "unknown config key 'depth'"),
+        ((*DIGITS, "--config.batch_size=None"), "batch_size=None: invalid literal for int()"),
+        ((*DIGITS, "--config.num_steps=None", "--config.num_steps=5x"), "num_steps=5x: invalid"),
+        ((*DIGITS, "--config.model_fields.layers=(100000,1,1)"), "layers must be at most 400"),
         ((*DIGITS, "--config.batch_size=many"), "--config.batch_size=many: invalid literal"),
         ((*DIGITS, "--config.batch_size=0"), "batch_size must be at least 1, not 0"),
         ((*DIGITS, "--config.model=resnet19"), "unknown model 'resnet19': did you mean resnet18"),
@@ -49,6 +67,8 @@ def run_train(*arguments, data_dir, **environment):
         ((*DIGITS, "--config.eval_split=tset"), "digits has no split 'tset'; it has: train, test"),
         ((*DIGITS, "--num_processes=2"), "process_id go together: give all three"),
         ((*DIGITS, "--num_processes=two"), "flag --num_processes=two"),
+        ((*DIGITS, "--coordinator=x:0", "--num_processes=1", "--process_id=0"), "is HOST:PORT"),
+        ((*DIGITS, "--workdir=~nobody/run"), "there is no home folder for ~nobody/run"),
         ((*DIGITS, "--workdir=train.py"), "cannot write workdir train.py: train.py is a file"),
         ((*DIGITS, "--workdir=/dev/null/run"), "cannot write workdir /dev/null/run"),
     ],
@@ -57,6 +77,43 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, command_line)
     code, printed, said = command_line(*arguments)
     assert (code, printed, said.count("\n")) == (2, "", 1), said
     assert message in said
+
+
+def test_what_is_very_long_is_not_echoed_whole(command_line):
+    for value in ("9" * 10_000, "a b " * 10_000, "(" * 3000):
+        code, _, said = command_line(*DIGITS, f"--config.batch_size={value}")
+        assert (code, said.count("\n")) == (2, 1)
+        assert len(said) < 5000
+
+
+def test_the_length_that_the_command_line_gives_last_counts(command_line):
+    """The warm-up, which is longer, tells how many steps the run would have."""
+    recipe = (*DIGITS, "--config.batch_size=1000", "--config.warmup_epochs=9")
+    for lengths, steps, told in (
+        (("num_steps=7",), 7, ""),
+        (("num_steps=7", "num_epochs=2"), 2, "num_epochs=2 takes the place of num_steps=7\n"),
+        (("num_epochs=2", "num_steps=7"), 7, ""),
+        (("num_steps=7", "num_steps=None"), 20, ""),
+        (("num_steps=None", "num_steps=7"), 7, ""),
+        (("num_steps=7", "num_epochs=3", "num_steps=None"), 3, ""),
+    ):
+        overrides = (f"--config.{length}" for length in lengths)
+        code, _, said = command_line(*recipe, *overrides, "--workdir=/nope/run")
+        assert code == 2
+        assert said.endswith(f"is 9 steps of a run of {steps}\n")
+        assert said.startswith(f"{told}train.py: ")
+
+
+def test_none_takes_back_what_the_recipe_says(command_line):
+    """Of `init_from`, which would else be a file that is not there."""
+    recipe = ("--config", "configs/finetune.py", "--config.init_from=nope.pth")
+    code, _, said = command_line(*recipe, "--config.dataset=nope")
+    assert "there is no file nope.pth" in said
+    code, _, said = command_line(
+        *recipe, "--config.init_from", "None", "--config.data_dir=None", "--config.dataset=nope"
+    )
+    assert (code, said.count("\n")) == (2, 1)
+    assert "unknown data set 'nope'" in said
 
 
 def test_so_it_is_of_a_program_of_its_own(digits_dir):
@@ -107,6 +164,34 @@ def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "batch_size=20 cannot be divided among 8 devices" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("lost", ["closed", "read by nobody", "full"])
+def test_a_run_goes_on_without_standard_error(lost, digits_dir, tmp_path):
+    run = [sys.executable, "train.py", *DIGITS, f"--workdir={tmp_path}/run", "--config.num_steps=2"]
+    run += ["--config.train_split=train[:64]", "--config.eval_split=test[:32]"]
+    run += ["--config.warmup_epochs=0.5", f"--config.data_dir={digits_dir}"]
+    shell = {"closed": '"$@" 2>&-', "full": '"$@" 2>/dev/full', "read by nobody": '"$@" 2>&1 | :'}
+    script = f"set -o pipefail; {shell[lost]}"
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    command = ["bash", "-c", script, "bash", *run]
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    assert result.returncode == 0
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["step"] == 2
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_program_starts(number, digits_dir):
+    command = [sys.executable, "-X", "importtime", "train.py", *DIGITS]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr or ():
+            if line.endswith(" absl.flags\n"):
+                process.send_signal(number)
+                break
+        rest = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in rest
 
 
 @pytest.mark.parametrize(("platform", "plugin"), [("cuda", "jax_plugins"), ("tpu", "libtpu")])
@@ -224,6 +309,9 @@ def test_no_home_is_no_error(no_home):
 
 def test_help_names_the_options():
     result = run_train("--help", data_dir="nowhere")
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in ("configs/digits_resnet8.py: ", "learning_rate: float = 0.1", "# Parts in which"):
+        assert text in result.stdout
     for option in ("--config", "--workdir", "--coordinator", "--num_processes", "--process_id"):
         assert option in result.stdout
 

@@ -20,12 +20,14 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker, shared_memory, synchronize
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from absl import flags, logging
 
 from flax_resnet.data.photos import Photos
+from flax_resnet.errors import InputError
 from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
@@ -160,8 +162,12 @@ def stream(
 
     Close it, or read it to its end, for the processes to end. They import the script that calls
     it, which therefore does so under `if __name__ == "__main__":`.
+
+    Raises:
+      InputError: if the script cannot be imported, or would begin anew in each of them.
     """
     if workers:
+        _check_script()
         _remove_memory_of_the_dead()
     prefix = f"{_NAME}-{_namespace()}-{os.getpid()}-{secrets.token_hex(4)}-"
     try:
@@ -173,6 +179,26 @@ def stream(
         raise
     finally:
         gc.collect()  # Grain leaves the last batch in a cycle, and the memory that it shares
+
+
+def _check_script() -> None:
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if script is None or main.__spec__:  # a notebook; a module, which is imported by its name
+        return
+    advice = "or set stream_workers=0"
+    try:
+        is_guarded = "__main__" in Path(script).read_text(errors="replace")
+    except OSError as error:
+        raise InputError(
+            f"the processes that read the data import the script, and {script} is no file: "
+            f"write it to one, {advice}"
+        ) from error
+    if not is_guarded:
+        raise InputError(
+            f"the processes that read the data import {script}, and would run it: put what it "
+            f'does under if __name__ == "__main__":, {advice}'
+        )
 
 
 def _read(

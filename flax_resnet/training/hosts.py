@@ -96,8 +96,8 @@ def _check_free(port: int) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise InputError(
-            f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; name another by "
-            "--coordinator, in all processes"
+            f"process 0 cannot listen on port {port}: {os.strerror(error.errno or 0)}; "
+            "name another by --coordinator, in all processes"
         ) from error
 
 

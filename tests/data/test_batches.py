@@ -170,3 +170,25 @@ def test_damaged_file_is_named(own_digits):
         path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(fr.InputError, match=r"the TFDS folder .* of digits is damaged"):
         source.read(np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("import flax_resnet", "would run it: put what it does under if __name__ =="),
+        (None, "<stdin> is no file: write it to one, or set stream_workers=0"),
+    ],
+)
+def test_a_script_that_processes_cannot_import_is_refused(
+    monkeypatch, tmp_path, digits_dir, script, message
+):
+    path = tmp_path / "script.py"
+    if script is not None:
+        path.write_text(script)
+    name = "<stdin>" if script is None else str(path)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", name, raising=False)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    batches = EvalBatches(Source("digits", "test[:4]", str(digits_dir)), 2, ALL)
+    with pytest.raises(fr.InputError, match=message):
+        next(stream(batches, 1))
+    assert len(list(stream(batches, 0))) == 2

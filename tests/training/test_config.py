@@ -80,6 +80,8 @@ def test_recipes_are_those_that_they_are_known_as():
     [
         ("learnng_rate", 0.1, "unknown config key 'learnng_rate': did you mean 'learning_rate'?"),
         ("zzz", 1, "unknown config key 'zzz'"),
+        ("wd", 1, "unknown config key 'wd': did you mean 'weight_decay'?"),
+        ("Batch-Size", 1, "unknown config key 'Batch-Size': did you mean 'batch_size'?"),
         ("batch_size", "128", "batch_size must be of type int, not '128'"),
         ("batch_size", 0, "batch_size must be at least 1, not 0"),
         ("batch_size", 1.5, "batch_size must be of type int, not 1.5"),
@@ -197,6 +199,9 @@ def test_every_field_of_a_model_can_be_set():
     ("key", "value", "message"),
     [
         ("model_fields", {"weights": "w.pth"}, "model_fields cannot set weights"),
+        ("model_fields", {"layers": (10**5, 1, 1)}, "layers must be at most 400, not "),
+        ("model_fields", {"widths": (10**9, 1, 1)}, "widths must be at most 65536, not "),
+        ("model_fields", {"hidden": float("nan")}, "hidden must be at most 65536, not nan"),
         ("model_fields", {"shortcut": "none at all"}, "shortcut is 'projection', 'identity'"),
         ("model_fields", {"widths": (16, 32)}, "have one entry a stage"),
         ("num_epochs", True, "num_epochs must be of type int, not True"),

@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -115,6 +117,9 @@ def test_a_signal_to_one_stops_all(alone, digits_dir, tmp_path):
         ((None, None, 0), "go together: give all three"),
         (("127.0.0.1", 2, 0), "coordinator is HOST:PORT, not '127.0.0.1'"),
         (("host:port", 2, 0), "coordinator is HOST:PORT, not 'host:port'"),
+        (("127.0.0.1:0", 2, 0), "coordinator is HOST:PORT, not '127.0.0.1:0'"),
+        (("127.0.0.1:70000", 2, 1), "coordinator is HOST:PORT, not '127.0.0.1:70000'"),
+        (("no.such.host.invalid:1", 2, 1), "no.such.host.invalid is no host: "),
         (("127.0.0.1:1", 2, 2), "process_id must be from 0 to num_processes - 1 = 1, not 2"),
         (("127.0.0.1:1", 0, 0), "process_id must be from 0"),
     ],
@@ -128,6 +133,56 @@ def test_a_coordinator_that_is_not_there(monkeypatch):
     monkeypatch.setattr(hosts, "_SECONDS_TO_MEET", 0.5)
     with pytest.raises(fr.InputError, match=r"no process 0 at 127\.0\.0\.1:1: "):
         hosts.connect("127.0.0.1:1", 2, 1)
+
+
+def test_a_port_that_is_taken():
+    with (
+        socket.create_server(("", 0)) as taken,
+        pytest.raises(fr.InputError, match=r"cannot listen on port .*: Address already in use; na"),
+    ):
+        hosts.connect(f"127.0.0.1:{taken.getsockname()[1]}", 2, 0)
+
+
+def test_a_port_on_which_another_program_listens(monkeypatch):
+    monkeypatch.setattr(hosts, "_SECONDS_TO_MEET", 0.5)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(2))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(fr.InputError, match=r"of this run did not meet in 0\.5 s: are all started"),
+    ):
+        hosts.connect(f"127.0.0.1:{other.getsockname()[1]}", 2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_it_waits_for_the_others(digits_dir, tmp_path, number, code):
+    first, second = start_two(tmp_path, digits_dir)
+    second.kill()
+    second.communicate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.communicate(timeout=15)  # so that it waits
+    first.send_signal(number)
+    _, said = first.communicate(timeout=10)
+    assert (first.returncode, said) == (code, "")
+
+
+@pytest.mark.slow
+def test_partners_that_do_not_come(digits_dir, tmp_path):
+    script = """
+        import runpy, sys
+        from flax_resnet.training import hosts
+
+        hosts._SECONDS_TO_MEET = 1
+        sys.argv = sys.argv[1:]
+        runpy.run_path("train.py", run_name="__main__")
+    """
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    meet = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--process_id=0"]
+    command = [sys.executable, "-c", textwrap.dedent(script), "train.py", *RUN, *meet]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "the processes of this run did not meet in 1 s" in result.stderr
 
 
 @pytest.mark.parametrize("cluster", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
