@@ -19,6 +19,7 @@ import os
 import re
 import runpy
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -111,6 +112,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
         sys.exit(0)
     try:
         _ARGUMENTS[:] = arguments
+        check_flagfiles(arguments)
         _ARGUMENTS[:] = flags.FLAGS.read_flags_from_files(arguments, force_gnu=False)
         check_recipe(_ARGUMENTS)
         unset = take_unset(_ARGUMENTS)
@@ -127,6 +129,15 @@ def parse_flags(arguments: list[str]) -> list[str]:
         with place.unlocked():
             place[name] = None
     return rest
+
+
+def check_flagfiles(arguments: list[str]) -> None:
+    """Raises a flags.Error for a device, of which absl would read without end."""
+    for one, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+        if match := re.fullmatch("--?flagfile(=(.*))?", one, re.DOTALL):
+            name = os.path.expanduser(match[2] if match[1] else following)
+            if os.path.exists(name) and stat.S_ISCHR(os.stat(name).st_mode):
+                raise flags.Error(f"--flagfile={name} is not a file")
 
 
 def check_recipe(arguments: list[str]) -> None:

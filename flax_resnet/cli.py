@@ -1,11 +1,12 @@
 """What the programs that look at a run have in common: command line, quiet mode, exit codes."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import logging
 
@@ -29,7 +30,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help tells more\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; --help tells more\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with contextlib.suppress(OSError):  # the exit code tells it too
+            super()._print_message(message, file)
 
 
 def run_program(
@@ -38,6 +43,8 @@ def run_program(
     arguments: Sequence[str] | None = None,
 ) -> NoReturn:
     """Parses the command line, and exits with what `main` returns, or 2 after an InputError."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     options = parser.parse_args(arguments)
     hush_libraries(logging.ERROR)
     # By default JAX takes most of a GPU's memory, and a run may be at work on it.
@@ -54,6 +61,14 @@ def run_program(
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # as of `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         code = 128 + signal.SIGPIPE
+    except OSError as error:  # of a full disk
+        _let_go_of_output()
+        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
     sys.exit(code)
+
+
+def _let_go_of_output() -> None:
+    """Or Python would try to write it again in the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -105,7 +105,7 @@ def _main(options: argparse.Namespace) -> int:
         shown = bar(paths, count, f"reading {count} pictures") if count > 1 else paths
         for path in shown:
             try:
-                source = BytesIO(sys.stdin.buffer.read()) if path == "-" else path
+                source = _standard_input() if path == "-" else path
                 yield path, read_one(source)
             except InputError as error:
                 skip(path, error)
@@ -120,6 +120,12 @@ def _main(options: argparse.Namespace) -> int:
         for name, probabilities in zip(names, softmax(logits, axis=-1), strict=True):
             tqdm.write(show(name, _best(run, probabilities)))
     return 1 if failed else 0
+
+
+def _standard_input() -> BytesIO:
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
+    return BytesIO(sys.stdin.buffer.read())
 
 
 def _pictures_in(folder: str) -> list[str]:

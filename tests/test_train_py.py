@@ -44,6 +44,7 @@ def run_train(*arguments, data_dir, **environment):
         ),
         (("--config", "configs"), "there is no recipe configs; those that there are: "),
         (("--flagfile=/nope",), "No such file or directory: '/nope'"),
+        (("--flagfile", "/dev/zero"), "--flagfile=/dev/zero is not a file"),
         ((f"{DIGITS[0]}={DIGITS[1]}:x",), "TypeError: get_config() takes 0 positional arguments"),
         ((*DIGITS, "--confg.seed=1"), "Unknown command line flag 'confg.seed'"),
         ((*DIGITS, "seed=1"), "what is 'seed=1'? Options begin with --"),
