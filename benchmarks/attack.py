@@ -104,7 +104,7 @@ class Outcome:
         found = {
             "traceback": "Traceback" in self.said or "Fatal Python error" in self.said,
             "exit code": self.code not in self.attack.codes,
-            "lines": self.said.count("\n") > 1,
+            "lines": self.code == 2 and self.said.count("\n") != 1,
             "time": self.seconds > _SECONDS,
         }
         return [name for name, bad in found.items() if bad]
@@ -229,14 +229,14 @@ def on_command_line(rng: random.Random, base: Path, folder: Path) -> Attack:
     ]
     keys += [f"model_fields.{name}" for name in default_config().model_fields]
     arguments = [RECIPE, f"--config.data_dir={base / 'data'}", f"--workdir={folder / 'run'}"]
-    arguments += [f"--config.{key}={value}" for key, value in SHORT.items()]
+    arguments += ["--quiet", *(f"--config.{key}={value}" for key, value in SHORT.items())]
     for _ in range(rng.choice((1, 1, 2, 3))):
         text = rng.choice(TEXTS).replace("\0", "")
         key = rng.choice(keys)
         flag = rng.choice(
             (
                 *("workdir", "coordinator", "num_processes", "process_id", "flagfile", "config"),
-                *("quiet", "workdr", "verbosity", "stderrthreshold", "v", "logtostderr", "undefok"),
+                *("workdr", "verbosity", "stderrthreshold", "v", "logtostderr", "undefok"),
             )
         )
         arguments += rng.choice(
@@ -265,7 +265,7 @@ def on_run(rng: random.Random, base: Path, folder: Path) -> Attack:
     ]
     for _ in range(rng.choice((1, 1, 1, 3))):
         path = rng.choice(named if rng.random() < 0.6 else paths)
-        if path.is_file():
+        if path.is_file() and path.stat().st_size < 2**24:
             change_file(rng, path)
     if rng.random() < 0.6:
         for checkpoint in (run / "checkpoints").iterdir():
@@ -291,7 +291,7 @@ def on_data(rng: random.Random, base: Path, folder: Path) -> Attack:
     for _ in range(rng.choice((1, 1, 1, 3))):
         named = [path for path in paths if path.suffix in (".json", ".txt")] or paths
         path = rng.choice(named if rng.random() < 0.6 else paths)
-        if path.is_file():
+        if path.is_file() and path.stat().st_size < 2**24:
             change_file(rng, path)
     if name == "data":
         arguments.append(f"--config.data_dir={folder / name}")

@@ -113,6 +113,11 @@ def pipe(path):
     os.mkfifo(path)
 
 
+def holes(path):
+    path.touch()
+    os.truncate(path, 10**12)
+
+
 def flip_a_bit(folder):
     path = max(
         (folder / "checkpoints" / "32" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
@@ -137,6 +142,7 @@ def flip_a_bit(folder):
         (lambda f: change_json(f / "dataset.json", image_shape=[-1, 32, 3]), "hold image_shape as"),
         (lambda f: change_json(f / "dataset.json", image_shape=[10**6, 10**6, 3]), "image_shape"),
         (lambda f: change_json(f / "dataset.json", image_shape=[10**30, 1, 3]), "image_shape as"),
+        (lambda f: holes(f / "checkpoints/32/state/d/holes"), "0 bytes, mostly holes"),
         (lambda f: pipe(f / "config.json"), "is not the folder of a run"),
         (lambda f: pipe(f / "dataset.json"), "dataset.json is not a file: take it out of"),
         (lambda f: pipe(f / "metrics.jsonl"), "metrics.jsonl is not a file"),

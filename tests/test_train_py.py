@@ -195,6 +195,12 @@ def test_a_signal_while_the_program_starts(number, digits_dir):
     assert "Traceback" not in rest
 
 
+def test_a_run_that_must_not_be_compiled(digits_dir):
+    result = run_train(*DIGITS, data_dir=digits_dir, JAX_DISABLE_JIT="1")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "a run is compiled ahead, which JAX_DISABLE_JIT forbids" in result.stderr
+
+
 @pytest.mark.parametrize(("platform", "plugin"), [("cuda", "jax_plugins"), ("tpu", "libtpu")])
 def test_an_accelerator_that_is_not_there(platform, plugin, digits_dir):
     if importlib.util.find_spec(plugin):
@@ -202,6 +208,7 @@ def test_an_accelerator_that_is_not_there(platform, plugin, digits_dir):
     result = run_train(*DIGITS, data_dir=digits_dir, JAX_PLATFORMS=platform)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "JAX_PLATFORMS=cpu takes the CPU" in result.stderr
+    assert "Error" not in result.stderr
 
 
 def test_no_data_and_no_network(tmp_path):

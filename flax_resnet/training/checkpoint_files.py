@@ -25,6 +25,7 @@ from flax_resnet.errors import InputError, short_reason
 from flax_resnet.training.jsonfiles import read_json
 
 _REPLACED = "replaced"
+_SMALL = 2**26  # bytes
 _MANIFEST = "manifest.json"
 # Orbax writes these when the rest is done, and does without them.
 _NOT_IN_MANIFEST = (_MANIFEST, "commit_success.txt", "_CHECKPOINT_METADATA")
@@ -217,11 +218,17 @@ def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:
     """Name and SHA-256 of every file.
 
     Raises:
-      OSError: if one cannot be read, or is a pipe, say, which would never end.
+      OSError: if one cannot be read, is a pipe, say, which would never end, or has holes, which
+        would take long.
     """
     for path in sorted(checkpoint.rglob("*")):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise OSError(f"{path.relative_to(checkpoint)} is not a file")
+        stat = path.stat() if path.exists() else None
+        if stat and stat.st_size > _SMALL and 512 * stat.st_blocks < stat.st_size / 4:
+            raise OSError(
+                f"{path.relative_to(checkpoint)} has {stat.st_size:,} bytes, mostly holes"
+            )
         if path.is_file() and path.name not in _NOT_IN_MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

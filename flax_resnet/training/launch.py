@@ -89,6 +89,8 @@ def train(
       KeyboardInterrupt: after SIGINT.
       SystemExit: with code 143 after SIGTERM.
     """
+    if jax.config.values["jax_disable_jit"]:
+        raise InputError("a run is compiled ahead, which JAX_DISABLE_JIT forbids: unset it")
     plan = make_plan(
         check_config(config), user_path(workdir), Own(model, data, loss, optimizer, augment)
     )

@@ -6,6 +6,7 @@ A further writer is one more class, and one more object in the list of `open_wri
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -122,11 +123,13 @@ class MetricsFile(Writer):
 
 
 def write_curves(workdir: Path, records: Sequence[Record]) -> None:
-    """Draws curves.png; says so where it cannot."""
+    """Draws curves.png; says so where it cannot, if nothing worse is to be said."""
+    before = sys.exc_info()[1]
     try:
         plot_curves(records, workdir / "curves.png")
     except OSError as error:  # which is not to stand in the way of how the run has ended
-        warn(f"there is no curves.png: {error}")
+        if not isinstance(before, InputError | OSError):  # of the same full disk
+            warn(f"there is no curves.png: {error}")
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

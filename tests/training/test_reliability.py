@@ -487,6 +487,7 @@ def test_full_disk(tmp_path, digits_dir):
     )
     assert result.stdout.split("\n")[:2] == ["exit code 2", "exit code 0"], result.stderr
     assert "Traceback" not in result.stderr
+    assert "there is no" not in result.stderr  # which would be a second line of the same
     # It is a checkpoint or another file of the run that finds no room.
     assert re.search(r"train.py: .* (be written to|write workdir) .*/full/run", result.stderr)
     # The second start goes on from the last checkpoint of the first.
