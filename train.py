@@ -2,10 +2,11 @@
 
     python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
 
-Every key of the config can be set, e.g. --config.batch_size=256;
-flax_resnet/training/config.py lists them with their meaning. Ctrl-C stops a run after the
-step at hand, and the same command with its --workdir goes on. Exits with 2 and one line on
-standard error where the input cannot be used.
+Every key of the config can be set, e.g. --config.batch_size=256, and --config.KEY=None takes back
+one that may be None; --help lists them with their meaning. Of num_epochs and num_steps the last on
+the command line is the length. Ctrl-C stops a run after the step at hand, and the same command
+with its --workdir goes on. Exits with 2 and one line on standard error where the input cannot be
+used.
 
 On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
