@@ -225,8 +225,9 @@ def read_recipe(arguments: list[str]) -> Any:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     values(arguments)
-    list(values["config"].value)
-    return values["config"].value
+    config: Any = values["config"].value
+    list(config)  # raises if it could not be read
+    return config
 
 
 def check_key(config: Any, key: str) -> None:
