@@ -52,7 +52,7 @@ TEXTS = (
     *("\x1b[31m", "a\nb", "\u202eabc", "\ud83d".encode("utf-8", "surrogatepass").decode("latin-1")),
     *(
         "~",
-        "~nobody/x",
+        "~no.such/x",
         "/dev/full",
         "/dev/null/x",
         "/proc/self/mem",
@@ -62,7 +62,7 @@ TEXTS = (
         "folder:/nope",
     ),
     *(
-        "folder:~nobody",
+        "folder:~no.such",
         "gs://bucket/x",
         "http://127.0.0.1:9/x",
         "huggingface:x/y",

@@ -69,7 +69,7 @@ def run_train(*arguments, data_dir, **environment):
         ((*DIGITS, "--num_processes=2"), "process_id go together: give all three"),
         ((*DIGITS, "--num_processes=two"), "flag --num_processes=two"),
         ((*DIGITS, "--coordinator=x:0", "--num_processes=1", "--process_id=0"), "is HOST:PORT"),
-        ((*DIGITS, "--workdir=~nobody/run"), "there is no home folder for ~nobody/run"),
+        ((*DIGITS, "--workdir=~no.such/run"), "there is no home folder for ~no.such/run"),
         ((*DIGITS, "--workdir=train.py"), "cannot write workdir train.py: train.py is a file"),
         ((*DIGITS, "--workdir=/dev/null/run"), "cannot write workdir /dev/null/run"),
     ],
@@ -87,21 +87,21 @@ def test_what_is_very_long_is_not_echoed_whole(command_line):
         assert len(said) < 5000
 
 
-def test_the_length_that_the_command_line_gives_last_counts(command_line):
+def test_the_length_that_the_command_line_gives_last_counts(command_line, tmp_path):
     """The warm-up, which is longer, tells how many steps the run would have."""
-    recipe = (*DIGITS, "--config.batch_size=1000", "--config.warmup_epochs=9")
+    recipe = (*DIGITS, "--config.batch_size=1000", "--config.warmup_epochs=99")
     for lengths, steps, told in (
         (("num_steps=7",), 7, ""),
         (("num_steps=7", "num_epochs=2"), 2, "num_epochs=2 takes the place of num_steps=7\n"),
         (("num_epochs=2", "num_steps=7"), 7, ""),
-        (("num_steps=7", "num_steps=None"), 20, ""),
+        (("num_steps=7", "num_steps=None"), 15, ""),
         (("num_steps=None", "num_steps=7"), 7, ""),
         (("num_steps=7", "num_epochs=3", "num_steps=None"), 3, ""),
     ):
         overrides = (f"--config.{length}" for length in lengths)
-        code, _, said = command_line(*recipe, *overrides, "--workdir=/nope/run")
+        code, _, said = command_line(*recipe, *overrides, f"--workdir={tmp_path}/run")
         assert code == 2
-        assert said.endswith(f"is 9 steps of a run of {steps}\n")
+        assert said.endswith(f"is 99 steps of a run of {steps}\n")
         assert said.startswith(f"{told}train.py: ")
 
 
