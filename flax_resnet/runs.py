@@ -33,6 +33,7 @@ from flax_resnet.training.plan import build_model
 # What a line of metrics.jsonl has at least; the second ones may be null.
 _METRICS = ("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds")
 _OPTIONAL_METRICS = ("test_loss", "test_accuracy", "learning_rate")
+_MOST_BYTES = 2**28
 _ATTEMPTS = 3
 _SECONDS_TO_DELETE = 1.0
 
@@ -214,6 +215,8 @@ def _shapes(tree: Any) -> Any:
 def _read_records(path: Path) -> Iterator[Record]:
     """The lines of metrics.jsonl; one that a run is just writing is left out."""
     try:
+        if os.path.exists(path) and os.stat(path).st_size > _MOST_BYTES:
+            raise ValueError(f"it has {os.stat(path).st_size:,} bytes")
         lines = path.read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return  # of a run in its first epoch
@@ -227,7 +230,7 @@ def _read_records(path: Path) -> Iterator[Record]:
             _check_numbers([record[name] for name in _METRICS])
             _check_numbers([v for name in _OPTIONAL_METRICS if (v := record[name]) is not None])
             yield record
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is damaged in line {number}: {error!r}") from error
 
 

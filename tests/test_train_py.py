@@ -178,7 +178,8 @@ def test_a_run_goes_on_without_standard_error(lost, digits_dir, tmp_path):
     command = ["bash", "-c", script, "bash", *run]
     result = subprocess.run(command, cwd=ROOT, env=environment, check=False)
     assert result.returncode == 0
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["step"] == 2
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["step"] == 2
     assert (tmp_path / "run" / "report.html").exists()
 
 

@@ -82,7 +82,7 @@ def shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         is_index = all(Path(name).name == name for name in names)  # no other folder's
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_index, names = False, []
     if not is_index:
         raise ValueError(f"cannot read {index}: it is JSON, but no index of weights in shards")
