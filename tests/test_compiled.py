@@ -93,7 +93,8 @@ def no_activation_is_moved_or_wide(module: Module, examples: int) -> None:
         for one in (kernel.instruction, *kernel.fused.values()):
             if one.opcode in ("copy", "transpose"):
                 for shape in one.shapes:
-                    assert examples not in shape.dims or len(shape.dims) < 3, one.name
+                    # With five axes these are the images, on their way into the parts of a batch.
+                    assert examples not in shape.dims or len(shape.dims) not in (3, 4), one.name
         for shape in filter(is_activation, kernel.instruction.shapes):
             found += 1
             assert shape.dtype != "f32", kernel.instruction.name
