@@ -1,5 +1,6 @@
 """ResNets, ResNet-9 and VGG, their weights from and to PyTorch; nothing else of flax_resnet."""
 
+from flax_resnet.models.activation_maps import class_activation_maps
 from flax_resnet.models.registry import create_model, list_models
 from flax_resnet.models.resnet import (
     BasicBlock,
@@ -157,6 +158,7 @@ __all__ = [
     "cifar_resnet1202",
     "cifar_wrn16_8",
     "cifar_wrn28_10",
+    "class_activation_maps",
     "create_model",
     "ecaresnet26t",
     "ecaresnet50d",
