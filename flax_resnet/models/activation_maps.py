@@ -17,7 +17,7 @@ def class_activation_maps(
     model: nn.Module,
     variables: Any,
     x: Float[Array, "n h w c"],
-    classes: Int[Array, "n"] | None = None,
+    classes: Int[Array, " n"] | None = None,
 ) -> Float[Array, "n oh ow"]:
     """What each place of an image says for a class.
 
