@@ -15,6 +15,8 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 60.0
+# On a narrower terminal loss and accuracy would be cut off.
+_COLUMNS_OF_A_BAR = 90
 
 _quiet = False
 
@@ -77,8 +79,20 @@ def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable
     return items
 
 
+def duration(seconds: float) -> str:
+    """A time with its unit: 43 s, 2 min 5 s or 3 h 20 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, of_hour = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {of_hour} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class Progress:
     """A bar over all images of a run on a terminal; elsewhere plain lines, one a minute.
+
+    The time that is left goes by the speed of this start so far, but for its first steps and its
+    first evaluation, which hold what is done once.
 
     Args:
       num_epochs: epochs of the run.
@@ -88,9 +102,12 @@ class Progress:
 
     def __init__(self, num_epochs: int, total_images: int, done_images: int):
         self._num_epochs = num_epochs
-        self._total, self._first, self._done = total_images, done_images, done_images
+        self._total, self._done = total_images, done_images
         self._epoch, self._steps, self._sums = 0, 0, np.zeros(2)
-        self._started = self._spoke = time.monotonic()
+        # When and with how many images the clock began, which is after the first steps.
+        self._started, self._first = None, done_images
+        self._evaluating, self._has_evaluated = 0.0, False
+        self._spoke = time.monotonic()
         self._bar = tqdm(
             total=total_images,
             initial=done_images,
@@ -103,34 +120,57 @@ class Progress:
     def step(self, epoch: int, images: int, losses: np.ndarray, accuracies: np.ndarray) -> None:
         """Counts the images of a few steps, and shows the means over the epoch so far."""
         self._done += images
+        if self._started is None:
+            self._started, self._first = time.monotonic(), self._done
         if epoch != self._epoch:
             self._epoch, self._steps, self._sums = epoch, 0, np.zeros(2)
         self._steps += len(losses)
         self._sums += [losses.sum(), accuracies.sum()]
         loss, accuracy = self._sums / self._steps
+        now = f"{self._of(epoch)}, loss {loss:.4f}, accuracy {accuracy:.2%}"
         if not self._bar.disable:
-            self._bar.set_description(f"epoch {epoch}/{self._num_epochs}", refresh=False)
-            self._bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2%}", refresh=False)
+            self._describe(now)
             self._bar.update(images)
         elif time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
-            say(
-                f"epoch {epoch}/{self._num_epochs}  loss {loss:.4f}  accuracy {accuracy:.2%}  "
-                f"{self._rate():.0f} images/s  {self.time_left()} left"
-            )
+            say(f"{now}, {self._rate():.0f} images/s, {self.time_left()} left")
             self._spoke = time.monotonic()
 
-    def describe(self, what: str) -> None:
-        """Shows what is at work now."""
-        self._bar.set_description(what)
+    def evaluating(self, epoch: int) -> None:
+        """The test split is at work."""
+        self._evaluating = time.monotonic()
+        self._describe(f"{self._of(epoch)}, evaluating")
+        self._bar.refresh()
+
+    def evaluated(self) -> None:
+        """It is done."""
+        if not self._has_evaluated and self._started is not None:
+            self._started += time.monotonic() - self._evaluating
+        self._has_evaluated = True
 
     def time_left(self) -> str:
-        """What the rest of the run takes at the speed of this start so far, like 01:23."""
-        if self._done == self._first:
-            return "?"
-        return tqdm.format_interval((self._total - self._done) / self._rate())
+        """What the rest of the run takes, like 01:23; ? before there is a speed."""
+        rate = self._rate()
+        return tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+
+    def _of(self, epoch: int) -> str:
+        return f"epoch {epoch}/{self._num_epochs}"
+
+    def _describe(self, what: str) -> None:
+        left = f"{self.time_left()} left"
+        columns = self._bar.format_dict["ncols"]
+        is_narrow = columns is not None and columns < _COLUMNS_OF_A_BAR
+        self._bar.bar_format = f"{{desc}}, {left}"
+        if not is_narrow:
+            more = f"[{{elapsed}}, {left}, {{rate_fmt}}]"
+            self._bar.bar_format = f"{{desc}} {{percentage:3.0f}}%|{{bar}}| {more}"
+        # tqdm would put a colon behind it.
+        self._bar.desc = what
 
     def _rate(self) -> float:
-        return (self._done - self._first) / (time.monotonic() - self._started)
+        """Images a second; 0 where it is not known."""
+        if self._started is None or self._done == self._first:
+            return 0.0
+        return (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
 
     def close(self) -> None:
         """Takes the bar away."""
