@@ -41,7 +41,7 @@ def test_plain_lines_come_once_a_minute(monkeypatch, capsys):
     *lines, last = capsys.readouterr().err.splitlines()
     assert last == "a line"
     assert len(lines) == 1
-    assert lines[0].startswith("epoch 2/3  loss 0.5000  accuracy 25.00%  ")
+    assert lines[0].startswith("epoch 2/3, loss 0.5000, accuracy 25.00%, ")
     assert "images/s" in lines[0]
     assert "left" in lines[0]
 
@@ -49,11 +49,44 @@ def test_plain_lines_come_once_a_minute(monkeypatch, capsys):
 def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    metrics = np.array([0.5]), np.array([0.25])
     with contextlib.closing(progress.Progress(3, 300, 100)) as shown:
         assert shown.time_left() == "?"
-        now = 20.0
-        shown.step(2, 50, np.array([0.5]), np.array([0.25]))
-        assert shown.time_left() == "01:00"
+        now = 50.0
+        shown.step(2, 10, *metrics)  # with what is done once
+        assert shown.time_left() == "?"
+        now = 70.0
+        shown.step(2, 40, *metrics)
+        assert shown.time_left() == "01:15"
+        shown.evaluating(2)
+        now = 100.0
+        shown.evaluated()  # with what is done once, too
+        assert shown.time_left() == "01:15"
+        shown.evaluating(2)
+        now = 120.0
+        shown.evaluated()
+        assert shown.time_left() == "02:30"
+
+
+def test_time_has_a_unit():
+    seconds = (0.4, 59.6, 3599, 3600, 5e6)
+    assert list(map(progress.duration, seconds)) == [
+        *("0 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "1,388 h 53 min")
+    ]
+
+
+@pytest.mark.parametrize(("columns", "has_bar"), [(60, False), (89, False), (90, True)])
+def test_narrow_terminal_has_loss_and_accuracy(monkeypatch, columns, has_bar):
+    stderr = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 24))
+    run()
+    last = stderr.getvalue().rpartition("accuracy")[0].rpartition("\r")[2]
+    shown = [line for line in stderr.getvalue().split("\r") if "left" in line]
+    assert last == "epoch 2/3, loss 0.5000, "
+    assert all("loss 0.5000, accuracy 25.00%" in line for line in shown)
+    assert all(("|" in line) == has_bar for line in shown)
+    assert all(len(line.rstrip()) <= columns for line in shown)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

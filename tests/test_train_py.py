@@ -242,9 +242,11 @@ def test_a_run_and_its_refusals(digits_dir, tmp_path, user_cache, command_line):
     assert lines[1] == "compiling ..."
     assert re.fullmatch(r"compiled in \d+\.\d s", lines[2])
     assert lines[3].startswith("epoch 1/1  train loss ")
-    assert lines[4] == f"writing {workdir}/report.html"
-    assert re.fullmatch(r"evaluating \d+ images \.\.\.", lines[5])
-    assert len(lines) == 6
+    assert lines[4].startswith("done in ")
+    assert lines[5] == f"TensorBoard: tensorboard --logdir {workdir}"
+    assert lines[6] == f"writing {workdir}/report.html"
+    assert re.fullmatch(r"evaluating \d+ images \.\.\.", lines[7])
+    assert len(lines) == 8
     assert "</html>" in (workdir / "report.html").read_text()
     metrics = (workdir / "metrics.jsonl").read_text()
     assert json.loads(metrics)["step"] == 2

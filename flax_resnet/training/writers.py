@@ -17,9 +17,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import InputError
-from flax_resnet.progress import Progress, say, warn
+from flax_resnet.progress import Progress, duration, say, warn
 from flax_resnet.training import programs, tensorboard
-from flax_resnet.training.history import History, Record
+from flax_resnet.training.history import History, Record, best_of
 from flax_resnet.training.jsonfiles import write_whole
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import TrainState, split_layers
@@ -166,23 +166,26 @@ class StepsFile(Writer):
 
 
 class TensorBoard(Writer):
-    """An event file: scalars by step and by epoch, the first images, histograms of the layers."""
+    """Two event files, the second, in test/, of the test split; see `tensorboard`."""
 
     def __init__(self, plan: Plan, state: TrainState, history: History):
         self._frozen = plan.config.freeze
         self._layer_norms: list[np.ndarray] = []
         self._writer = tensorboard.open_writer(plan.workdir, int(state.step))
+        self._test_writer = tensorboard.open_writer(plan.workdir / "test", int(state.step))
         if not history.records:
+            tensorboard.write_config(self._writer, vars(plan.config) | plan.brought)
             tensorboard.write_images(self._writer, _first_inputs(plan, history.rollbacks))
 
     def steps(self, history: History, metrics: Mapping[str, np.ndarray]) -> None:
         self._layer_norms.append(metrics["layer_gradient_norms"])
 
     def log(self, record: Record) -> None:
-        tensorboard.write_scalars(self._writer, record, "step/")
+        values = {name: value for name, value in record.items() if name not in ("epoch", "step")}
+        tensorboard.write_scalars(self._writer, record["step"], "step", values)
 
     def epoch(self, record: Record, state: TrainState) -> None:
-        tensorboard.write_scalars(self._writer, record)
+        tensorboard.write_epoch(self._writer, self._test_writer, record)
         scales = {p: v for p, v in flatten_dict(state.params).items() if p[-1] == "scale"}
         gradients = {}
         if self._layer_norms:  # else an earlier start of the run did all steps of this epoch
@@ -195,6 +198,7 @@ class TensorBoard(Writer):
 
     def close(self) -> None:
         self._writer.close()
+        self._test_writer.close()
 
 
 def _first_inputs(plan: Plan, rollbacks: int) -> np.ndarray:
@@ -207,13 +211,14 @@ def _first_inputs(plan: Plan, rollbacks: int) -> np.ndarray:
 
 
 class ProgressBar(Writer):
-    """Standard error: a bar on a terminal, lines elsewhere, and a line an epoch on both."""
+    """Standard error: a bar on a terminal, lines elsewhere, a line an epoch, and how it ended."""
 
     def __init__(self, plan: Plan, state: TrainState, history: History):
-        self._num_epochs, self._batch_size = plan.num_epochs, plan.config.batch_size
+        self._plan, self._history = plan, history
+        self._batch_size = plan.config.batch_size
         total, done = plan.total_steps, int(state.step)
         self._progress = Progress(
-            self._num_epochs, total * self._batch_size, done * self._batch_size
+            plan.num_epochs, total * self._batch_size, done * self._batch_size
         )
 
     def steps(self, history: History, metrics: Mapping[str, np.ndarray]) -> None:
@@ -222,18 +227,35 @@ class ProgressBar(Writer):
         self._progress.step(epoch, len(loss) * self._batch_size, loss, accuracy)
 
     def evaluating(self, epoch: int) -> None:
-        self._progress.describe(f"epoch {epoch}/{self._num_epochs}, evaluating")
+        self._progress.evaluating(epoch)
 
     def epoch(self, record: Record, state: TrainState) -> None:
-        epoch = f"epoch {record['epoch']}/{self._num_epochs}"
-        self._progress.describe(epoch)
         splits = [
             f"{split} loss {record[f'{split}_loss']:.4f} accuracy {record[f'{split}_accuracy']:.2%}"
             for split in ("train", "test")
             if record[f"{split}_loss"] is not None
         ]
+        if record["test_loss"] is not None:
+            self._progress.evaluated()
+        epoch = f"epoch {record['epoch']}/{self._plan.num_epochs}"
         speed = f"{record['images_per_second']:.0f} images/s"
         say("  ".join([epoch, *splits, speed, f"{self._progress.time_left()} left"]))
 
     def close(self) -> None:
         self._progress.close()
+        records = self._history.records
+        if len(records) == self._plan.num_epochs:
+            say(ending(records))
+            say(f"TensorBoard: tensorboard --logdir {self._plan.workdir}")
+
+
+def ending(records: Sequence[Record]) -> str:
+    """How a run has ended: its time, and its last and its best test accuracy."""
+    line = f"done in {duration(sum(record['seconds'] for record in records))}"
+    last, best = records[-1], best_of(records)
+    if best is None or last["test_accuracy"] is None:
+        return line
+    line += f": test accuracy {last['test_accuracy']:.2%} after epoch {last['epoch']}"
+    if best["test_accuracy"] == last["test_accuracy"]:
+        return f"{line}, the best"
+    return f"{line}, the best {best['test_accuracy']:.2%} after epoch {best['epoch']}"

@@ -198,8 +198,8 @@ def test_epochs_without_an_evaluation(undisturbed):
     best = max(records[1:], key=lambda record: record["test_accuracy"])
     assert fr.load_run(folder).step == best["step"]
     assert checkpoint_files.choose_checkpoint(folder, "best").name == str(best["step"])
-    shown = read_events(folder)
-    assert [event.step for event in shown.Scalars("test/loss")] == [16, 24]
+    shown = read_events(folder / "test")
+    assert [event.step for event in shown.Scalars("epoch/loss")] == [16, 24]
     assert steps_kept(folder) == [8, 16, 24]
 
 

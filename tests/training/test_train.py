@@ -16,6 +16,7 @@ import optax
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import flax_resnet as fr
 from flax_resnet.data import Source, channel_statistics, epoch_order, normalize
@@ -91,22 +92,34 @@ def test_run_describes_itself(finished, config):
 
 
 def read_events(folder):
-    everything = {kind: 0 for kind in ("scalars", "images", "histograms")}
+    everything = {kind: 0 for kind in ("scalars", "images", "histograms", "tensors")}
     return EventAccumulator(str(folder), everything).Reload()
 
 
 def assert_tensorboard_shows_the_metrics(folder):
-    events = read_events(folder)
-    tags = {
-        "train/loss": "train_loss",
-        "test/accuracy": "test_accuracy",
-        "gradient_norm": "gradient_norm",
-        "learning_rate": "learning_rate",
+    names = {
+        (".", "epoch/loss"): "train_loss",
+        ("test", "epoch/loss"): "test_loss",
+        ("test", "epoch/accuracy"): "test_accuracy",
+        (".", "run/gradient_norm"): "gradient_norm",
+        (".", "run/learning_rate"): "learning_rate",
     }
-    for tag, name in tags.items():
-        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+    events = {part: read_events(folder / part) for part in (".", "test")}
+    for (part, tag), name in names.items():
+        shown = [(event.step, event.value) for event in events[part].Scalars(tag)]
         stored = [(r["step"], r[name]) for r in read_metrics(folder)]
         np.testing.assert_allclose(shown, stored, rtol=1e-6)
+
+
+def test_tensorboard_compares_runs_by_their_config(finished, config):
+    events = read_events(finished[0])
+    (text,) = events.Tensors("config")[0].tensor_proto.string_val
+    assert f"| `batch_size` | `{config.batch_size}` |" in text.decode()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    kind = plugin_data_pb2.HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
+    values = kind.FromString(content).session_start_info.hparams
+    assert values["batch_size"].number_value == config.batch_size
+    assert values["model"].string_value == config.model
 
 
 def test_tensorboard_shows_the_metrics(finished):
@@ -114,20 +127,19 @@ def test_tensorboard_shows_the_metrics(finished):
 
 
 def test_tensorboard_shows_a_resumed_run_whose_clock_went_back(tmp_path, monkeypatch):
-    records = [{"step": step, "test_loss": 0.5 / step} for step in (8, 16)]
     for i, time_ns in enumerate((2_000, 1_000)):
         monkeypatch.setattr(tensorboard.time, "time_ns", lambda now=time_ns: now)
         with contextlib.closing(tensorboard.open_writer(tmp_path, 8 * i)) as writer:
-            tensorboard.write_scalars(writer, records[i])
-    assert [event.step for event in read_events(tmp_path).Scalars("test/loss")] == [8, 16]
+            tensorboard.write_scalars(writer, 8 * i + 8, "epoch", {"loss": 0.5, "accuracy": None})
+    assert [event.step for event in read_events(tmp_path).Scalars("epoch/loss")] == [8, 16]
 
 
 def test_tensorboard_shows_layers(finished):
     folder, state = finished
     events, records = read_events(folder), read_metrics(folder)
     convolutions = [f"layer{stage}.0.conv{i}" for stage in (1, 2, 3) for i in (1, 2)] + ["conv1"]
-    gradients = {f"gradient/{layer}" for layer in (*convolutions, "fc")}
-    scales = {f"scale/{layer.replace('conv', 'bn')}" for layer in convolutions}
+    gradients = {f"weights/gradient/{layer}" for layer in (*convolutions, "fc")}
+    scales = {f"weights/scale/{layer.replace('conv', 'bn')}" for layer in convolutions}
     assert set(events.Tags()["histograms"]) == gradients | scales
 
     squares = np.zeros(len(records))
@@ -143,13 +155,13 @@ def test_tensorboard_shows_layers(finished):
     assert (squares < 1.3 * np.square([r["gradient_norm"] for r in records])).all()
 
     scale = np.asarray(state.params["layer2_0"]["bn1"]["scale"])
-    value = events.Histograms("scale/layer2.0.bn1")[-1].histogram_value
+    value = events.Histograms("weights/scale/layer2.0.bn1")[-1].histogram_value
     assert (value.num, value.min, value.max) == (len(scale), scale.min(), scale.max())
     np.testing.assert_allclose(value.sum_squares, np.square(scale).sum(), rtol=1e-6)
 
 
 def test_tensorboard_shows_inputs(finished, config):
-    (event,) = read_events(finished[0]).Images("train/images")
+    (event,) = read_events(finished[0]).Images("inputs")
     shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
     images = fr.load_dataset("digits", "train[:64]", config.data_dir).images
     height, width = images.shape[1:3]
@@ -552,8 +564,8 @@ def test_histogram_of_any_numbers(tmp_path, values):
     )
     writer.close()
     events = read_events(tmp_path)
-    assert events.Tags()["histograms"] == ["scale/bn1"]
-    (event,) = events.Histograms("scale/bn1")
+    assert events.Tags()["histograms"] == ["weights/scale/bn1"]
+    (event,) = events.Histograms("weights/scale/bn1")
     shown = event.histogram_value
     assert (event.step, shown.num, sum(shown.bucket)) == (3, len(values), len(values))
     assert (shown.min, shown.max) == (values.min(), values.max())
