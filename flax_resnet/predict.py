@@ -1,6 +1,6 @@
 """Classifies pictures with a run's best checkpoint.
 
-    python -m flax_resnet.predict --workdir RUN image.png folder/ -
+    python -m flax_resnet.predict --workdir RUN image.png folder/ - [--maps DIR]
 
 A folder stands for all pictures in it and below, by their names' endings; `-` for one on
 standard input. Any size, mode and format that Pillow reads will do: the picture is turned
@@ -9,11 +9,15 @@ of several frames the first is taken. A run with `image_size` sees it as in its 
 the largest part around its middle with the training images' aspect ratio is resized to their
 size, antialiased (bicubic).
 
+With --maps a PNG of each is written: the picture as the net takes it, and beside it the same under
+the class activation map of the most probable class, see `flax_resnet.class_activation_maps`.
+
 A picture that cannot be read is named on standard error and left out, and the exit code is
 1 after the others. Other input that cannot be used ends with one line there and exit code 2.
 """
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -31,12 +35,15 @@ from tqdm import tqdm
 from flax_resnet.cli import Parser, run_program
 from flax_resnet.data.pictures import find_pictures, opened, read_for_evaluation, upright
 from flax_resnet.errors import InputError, printable
+from flax_resnet.maps import beside_its_map, has_maps, make_mapper
 from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
 from flax_resnet.training.data import sizing
 
 _BATCH_SIZE = 64
 _TOP = 5
+# Pixels of a picture's longer side in a map's file, at least.
+_MAP_SIZE = 224
 
 
 def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.ndarray:
@@ -59,7 +66,7 @@ def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.n
         return np.asarray(sized.convert("L" if channels == 1 else "RGB")).reshape(image_shape)
 
 
-def _reader(run: Run) -> Callable[[str | BytesIO], np.ndarray]:
+def make_reader(run: Run) -> Callable[[str | BytesIO], np.ndarray]:
     """A picture as the run's evaluation has it."""
     if run.config.image_size is None or "data" in run.brought:
         return partial(read_image, image_shape=run.image_shape)
@@ -76,6 +83,9 @@ def _parser() -> Parser:
         '"probability"}, ...]}, the most probable class first',
     )
     parser.add_argument(
+        "--maps", metavar="DIR", help="write where the net looked, a PNG for each picture"
+    )
+    parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="a picture, a folder, or - for standard input"
     )
     return parser
@@ -85,6 +95,7 @@ def _main(options: argparse.Namespace) -> int:
     run = load_run(options.workdir)
     if run.image_shape[2] not in (1, 3):
         raise InputError(f"{run.workdir} was trained on images of {run.image_shape[2]} channels")
+    write_maps = None if options.maps is None else _map_writer(run, Path(options.maps))
     failed: list[str] = []
 
     def skip(name: str, error: InputError) -> None:
@@ -98,7 +109,7 @@ def _main(options: argparse.Namespace) -> int:
         except InputError as error:
             skip(given, error)
 
-    read_one = _reader(run)
+    read_one = make_reader(run)
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
         count = len(paths)
@@ -117,6 +128,8 @@ def _main(options: argparse.Namespace) -> int:
     while batch := list(itertools.islice(pictures, size)):
         names, images = zip(*batch, strict=True)
         logits = classify(np.stack(images)).astype(np.float64)
+        if write_maps:
+            write_maps(names, np.stack(images), logits.argmax(-1))
         for name, probabilities in zip(names, softmax(logits, axis=-1), strict=True):
             tqdm.write(show(name, _best(run, probabilities)))
     return 1 if failed else 0
@@ -133,6 +146,27 @@ def _pictures_in(folder: str) -> list[str]:
     if not found:
         raise InputError("a folder without pictures")
     return found
+
+
+def _map_writer(run: Run, folder: Path) -> Callable[[Sequence[str], np.ndarray, np.ndarray], None]:
+    """Writes maps of pictures, by name, for their classes; FILE-2.png where FILE.png is there."""
+    if not has_maps(run):
+        raise InputError("--maps is for runs of a ResNet, ResNet9 or VGG")
+    activation_maps = make_mapper(run)
+    written: collections.Counter[str] = collections.Counter()
+
+    def write(names: Sequence[str], images: np.ndarray, classes: np.ndarray) -> None:
+        for name, image, one in zip(names, images, activation_maps(images, classes), strict=True):
+            stem = "stdin" if name == "-" else Path(name).stem
+            written[stem] += 1
+            number = f"-{written[stem]}" if written[stem] > 1 else ""
+            beside_its_map(image, one, _MAP_SIZE).save(folder / f"{stem}{number}.png")
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--maps: {error}") from error
+    return write
 
 
 def _best(run: Run, probabilities: np.ndarray) -> list[tuple[str, float]]:

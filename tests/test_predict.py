@@ -187,6 +187,38 @@ def test_table(finished, pictures, call):
     assert all(line[:2] == "  " and "%  " in line for line in lines[1:6])
 
 
+def test_maps(finished, pictures, tmp_path, call):
+    folder = tmp_path / "new" / "maps"
+    given = pictures / "a.png", pictures / "below", pictures / "a.png"
+    code, _, err = call(predict, "--workdir", finished[0], "--quiet", "--maps", folder, *given)
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in folder.iterdir()) == ["a-2.png", "a.png", "c.png"]
+    both = np.asarray(Image.open(folder / "a.png"))
+    assert both.shape == (224, 448, 3)
+    # Every pixel a square of 7 x 7, and beside it the same with the hot places in colour.
+    original = np.asarray(Image.open(pictures / "a.png").convert("RGB"))
+    picture, mapped = both[:, :224], both[:, 224:]
+    np.testing.assert_array_equal(picture, original.repeat(7, 0).repeat(7, 1))
+    run = fr.load_run(finished[0])
+    images = normalize(original[None], run.mean, run.std)
+    (expected,) = np.asarray(fr.class_activation_maps(run.model, run.variables, images))
+    row, column = np.unravel_index(expected.argmax(), expected.shape)
+    size = 224 // len(expected)
+    change = np.abs(mapped.astype(int) - picture).sum(-1)
+    change = change.reshape(len(expected), size, len(expected), size).mean((1, 3))
+    assert change[row, column] > 0.5 * change.max() > 0
+    cold = expected < 0
+    assert change[cold].mean() < 0.5 * change[~cold].mean()
+
+
+def test_maps_that_cannot_be_written(finished, pictures, call):
+    code, out, err = call(
+        predict, "--workdir", finished[0], "--maps", pictures / "a.png", pictures / "a.png"
+    )
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--maps: " in err
+
+
 def test_folder_without_pictures(finished, tmp_path, call):
     (tmp_path / "empty").mkdir()
     code, out, err = call(predict, "--workdir", finished[0], tmp_path / "empty")

@@ -46,7 +46,7 @@ def class_activation_maps(
         )
     if not model.num_classes:
         raise ValueError("class_activation_maps takes a model with a classifier: num_classes=0")
-    outputs, captured = model.apply(
+    applied: Any = model.apply(
         variables,
         x,
         train=False,
@@ -55,6 +55,7 @@ def class_activation_maps(
         # Of a pre-activation net, after whose last stage it stands.
         capture_intermediates=lambda module, _: module.name == "bn",
     )
+    outputs, captured = applied
     last = outputs[[name for name in outputs if name.startswith("layer")][-1]]
     if "intermediates" in captured:
         last = relu(captured["intermediates"]["bn"]["__call__"][0])
@@ -66,14 +67,14 @@ def class_activation_maps(
         weights = variables["params"]["fc"]["kernel"].T[classes]
         return jnp.einsum("nhwc,nc->nhw", last, weights, precision="highest")
 
-    def head(last):
+    def logits(last):
         if isinstance(model, ResNet9):
             return 0.125 * last.max(axis=(1, 2)) @ variables["params"]["fc"]["kernel"]
-        # Without its stages, it is what follows them.
+        # A VGG without its stages is what follows them.
         return model.clone(layers=(), widths=()).apply(variables, last, train=False)
 
-    def chosen(last):
-        return jnp.take_along_axis(head(last), classes[:, None], axis=-1).sum()
+    def of_classes(last, classes):
+        return jnp.take_along_axis(logits(last), classes[:, None], axis=-1).sum()
 
-    weights = jax.grad(chosen)(last).mean(axis=(1, 2))  # Grad-CAM's alpha
+    weights = jax.grad(of_classes)(last, classes).mean(axis=(1, 2))  # Grad-CAM's alpha
     return relu(jnp.einsum("nhwc,nc->nhw", last, weights, precision="highest"))

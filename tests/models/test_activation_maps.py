@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,8 +71,8 @@ def test_maps_are_those_of_torch(name, rng):
 
 
 def test_refusals():
-    x = np.zeros((1, 8, 8, 3), np.float32)
+    x = jnp.zeros((1, 8, 8, 3))
     with pytest.raises(ValueError, match="takes a ResNet, ResNet9 or VGG, not a Dense"):
-        fr.class_activation_maps(fr.models.resnet.nn.Dense(2), {}, x)
+        fr.class_activation_maps(nn.Dense(2), {}, x)
     with pytest.raises(ValueError, match="with a classifier: num_classes=0"):
         fr.class_activation_maps(fr.cifar_resnet8(num_classes=0), {}, x)
