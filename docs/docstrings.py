@@ -5,6 +5,7 @@ when; `Returns:` is plain text. A Flax module has no `__init__` to be seen, and 
 recipe are described by comments.
 """
 
+import ast
 import re
 import textwrap
 from collections.abc import Iterator
@@ -21,8 +22,7 @@ class HouseStyle(griffe.Extension):
             returns = obj.returns if isinstance(obj, griffe.Function) else None
             obj.docstring.value = rewrite(obj.docstring.value, str(returns))
             if obj.name == "Config":
-                fields = textwrap.dedent(obj.source.partition('"""\n\n')[2])
-                obj.docstring.value += f"\n```python\n{fields}\n```\n"
+                obj.docstring.value += f"\n{keys_table(textwrap.dedent(obj.source))}\n"
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         for cls in _classes(pkg):
@@ -50,6 +50,42 @@ def _classes(module: griffe.Module) -> Iterator[griffe.Class]:
             yield member
         elif isinstance(member, griffe.Module):
             yield from _classes(member)
+
+
+def keys_table(source: str) -> str:
+    """The keys of `Config` as a table, each with its name as its anchor.
+
+    Args:
+      source: of the class, whose fields stand below the comments that describe them.
+    """
+    lines = source.splitlines()
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    rows = ["| key, type and default | meaning |", "|---|---|"]
+    keys: list[str] = []
+    for node in definition.body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        comment = list(_comment_above(lines, node.lineno - 1))
+        if comment or not keys:
+            keys = []
+            rows.append("")
+            meaning = " ".join(comment).replace("|", "\\|")
+        name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
+        default = ast.unparse(node.value) if node.value else ""
+        default = default.replace("field(default_factory=dict)", "{}")
+        keys.append(f'<span id="{name}"></span>`{name}: {kind} = {default}`'.replace("|", "\\|"))
+        rows[-1] = f"| {'<br>'.join(keys)} | {meaning} |"
+    return "\n".join(rows)
+
+
+def _comment_above(lines: list[str], number: int) -> Iterator[str]:
+    """The comment that ends just above a line, by its number from 0."""
+    first = number
+    while lines[first - 1].strip().startswith("#"):
+        first -= 1
+    for line in lines[first:number]:
+        yield line.strip().removeprefix("#").strip()
 
 
 def rewrite(docstring: str, returns: str) -> str:

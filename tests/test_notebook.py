@@ -1,5 +1,6 @@
 """The notebook, run from its top to its end outside of Colab."""
 
+import html
 import json
 import os
 import re
@@ -42,6 +43,12 @@ def test_it_runs(tmp_path, digits_dir, monkeypatch):
     assert "tensorboard --logdir" in text
     assert re.search(r"test_image[.]png\n +[\d.]+%  \d\n", text), text
     images = [output.data for output in outputs if "image/png" in output.get("data", {})]
-    assert len(images) == 2  # the curves and the picture
+    assert len(images) == 2  # the picture, and where the net looked
+    (page,) = [
+        output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})
+    ]
+    assert html.escape("Content-Security-Policy") in page
+    left = {path.name for path in tmp_path.iterdir() if not path.is_symlink()}
+    assert left == {"runs", "ipython"}
     run = tmp_path / "runs" / "digits_resnet8-2-epochs"
     assert json.loads((run / "config.json").read_text())["num_epochs"] == 2

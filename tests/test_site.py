@@ -1,9 +1,15 @@
 """The programs of the documentation, and the commands of its how-tos, run as they stand."""
 
+import contextlib
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -142,9 +148,39 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
     assert re.fullmatch(expected, printed), printed
 
     pytest.importorskip("flatbuffers")
-    for i, code in enumerate(blocks("how-to/export.md", "python")):
+    for i, code in enumerate(blocks("how-to/export.md", "python", "$")):
         (folder / f"export{i}.py").write_text(code)
         run(f"python export{i}.py", folder, digits_dir)
+    (server,) = blocks("how-to/export.md", "python", "serve.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "serve.py").write_text(server.replace("8000", str(port)))
+    with subprocess.Popen([sys.executable, "serve.py"], cwd=folder) as serving:
+        picture = (folder / "digit.png").read_bytes()
+        answer = ""
+        for _ in range(60):
+            with contextlib.suppress(urllib.error.URLError):
+                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}", picture).read()
+                break
+            time.sleep(1)
+        serving.terminate()
+    probabilities = json.loads(answer)
+    assert len(probabilities) == 10
+    assert sum(probabilities) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_onnx(folder, digits_dir):
+    for name in ("onnx", "onnxscript", "onnxruntime", "timm"):
+        pytest.importorskip(name)
+    (code,) = blocks("how-to/export.md", "python", "onnx")
+    (folder / "to_onnx.py").write_text(code)
+    small = "--config.model=resnet18 --config.image_size=64 --config.train_split=train[:64]"
+    short = "--config.num_epochs=1 --config.eval_split=test[:64] --config.warmup_epochs=0.5"
+    command = "python train.py --config configs/digits_resnet8.py --workdir runs/photos"
+    run(command, folder, digits_dir, overrides=f"{small} {short}")
+    run("python to_onnx.py", folder, digits_dir)
 
 
 @pytest.mark.slow
