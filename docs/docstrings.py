@@ -6,6 +6,7 @@ recipe are described by comments.
 """
 
 import ast
+import html
 import re
 import textwrap
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def keys_table(source: str) -> str:
     assert isinstance(definition, ast.ClassDef)
     rows = ["| key, type and default | meaning |", "|---|---|"]
     keys: list[str] = []
+    meaning = ""
     for node in definition.body:
         if not isinstance(node, ast.AnnAssign):
             continue
@@ -70,11 +72,12 @@ def keys_table(source: str) -> str:
         if comment or not keys:
             keys = []
             rows.append("")
-            meaning = " ".join(comment).replace("|", "\\|")
+            meaning = " ".join(comment).replace("|", "&#124;")
         name, kind = ast.unparse(node.target), ast.unparse(node.annotation)
         default = ast.unparse(node.value) if node.value else ""
         default = default.replace("field(default_factory=dict)", "{}")
-        keys.append(f'<span id="{name}"></span>`{name}: {kind} = {default}`'.replace("|", "\\|"))
+        rest = html.escape(f": {kind} = {default}", quote=False).replace("|", "&#124;")
+        keys.append(f'<code id="{name}"><b>{name}</b>{rest}</code>')
         rows[-1] = f"| {'<br>'.join(keys)} | {meaning} |"
     return "\n".join(rows)
 

@@ -88,7 +88,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is told to anybody
     try:
-        import gradio
+        import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("the page needs gradio: pip install 'flax-resnet[demo]'") from error
     answer = make_answer(run)

@@ -172,7 +172,7 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
 
 @pytest.mark.slow
 def test_onnx(folder, digits_dir):
-    for name in ("onnx", "onnxscript", "onnxruntime", "timm"):
+    for name in ("onnx", "onnxscript", "onnxruntime", "torchvision"):
         pytest.importorskip(name)
     (code,) = blocks("how-to/export.md", "python", "onnx")
     (folder / "to_onnx.py").write_text(code)

@@ -67,7 +67,7 @@ def class_activation_maps(
         weights = variables["params"]["fc"]["kernel"].T[classes]
         return jnp.einsum("nhwc,nc->nhw", last, weights, precision="highest")
 
-    def logits(last):
+    def logits(last) -> Any:
         if isinstance(model, ResNet9):
             return 0.125 * last.max(axis=(1, 2)) @ variables["params"]["fc"]["kernel"]
         # A VGG without its stages is what follows them.
