@@ -67,8 +67,9 @@ def say(line: str) -> None:
 
 def shows_bars() -> bool:
     """Whether bars are drawn: by the first host, on a terminal."""
-    is_open = sys.stderr is not None and not sys.stderr.closed
-    return not _quiet and is_open and sys.stderr.isatty() and _is_first_host()
+    if sys.stderr is None or sys.stderr.closed or not sys.stderr.isatty():
+        return False
+    return not _quiet and _is_first_host()
 
 
 def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable[T]:
