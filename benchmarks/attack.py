@@ -418,6 +418,7 @@ def _become(attack: Attack, folder: Path, said: Path) -> None:
 def _run(attack: Attack) -> int:
     from flax_resnet import evaluate, predict, report
     from flax_resnet.cli import run_program
+    from flax_resnet.report import __main__ as report_program
     from flax_resnet.training import hosts, launch
 
     hosts._SECONDS_TO_MEET = 1
@@ -428,7 +429,8 @@ def _run(attack: Attack) -> int:
         if attack.program == "train":
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         else:
-            module = {"predict": predict, "evaluate": evaluate, "report": report}[attack.program]
+            modules = {"predict": predict, "evaluate": evaluate, "report": report_program}
+            module = modules[attack.program]
             run_program(module._parser(), module._main)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0 if end.code is None else 1

@@ -10,11 +10,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 
-# Before TFDS and JAX are imported: the user's data sets, devices and proxies are not the tests'
-# business.
+# Before TFDS and JAX are imported: the user's data sets and devices are not the tests' business.
 os.environ.pop("TFDS_DATA_DIR", None)
 os.environ.pop("JAX_NUM_CPU_DEVICES", None)
-os.environ["no_proxy"] = "127.0.0.1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would wait for each other, and busily
 
@@ -93,6 +91,14 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_proxies() -> None:
+    """Neither between processes that meet here, nor for JAX to warn of."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        os.environ.pop(name, None)
+        os.environ.pop(name.upper(), None)
 
 
 @pytest.fixture
