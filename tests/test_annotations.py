@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 PROGRAM = """
     from functools import partial
     from jaxtyping import TypeCheckError, install_import_hook
@@ -49,6 +51,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_shapes_are_those_of_the_signatures():
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

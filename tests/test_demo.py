@@ -13,6 +13,7 @@ from flax_resnet import demo
 from flax_resnet.data import normalize
 
 
+@pytest.mark.slow
 def test_examples_and_what_it_says_of_them(finished, config, tmp_path):
     run = fr.load_run(finished[0])
     paths = demo.write_examples(run, tmp_path)

@@ -13,6 +13,8 @@ from flax_resnet.cli import run_program
 from flax_resnet.lesson import __main__ as program
 from flax_resnet.lesson import measure
 
+pytestmark = pytest.mark.slow  # it seldom changes
+
 # The smallest net that has everything; two stages.
 tiny = partial(
     fr.ResNet, num_classes=3, widths=(8, 16), strides=(1, 2), cifar_stem=True, shortcut="identity"

@@ -117,6 +117,7 @@ def test_none_takes_back_what_the_recipe_says(command_line):
     assert "unknown data set 'nope'" in said
 
 
+@pytest.mark.slow
 def test_so_it_is_of_a_program_of_its_own(digits_dir):
     for argument in ("--config.batch_size=0", "--config.dataset=digts"):
         result = run_train(*DIGITS, argument, data_dir=digits_dir)
@@ -167,7 +168,10 @@ def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("lost", ["closed", "read by nobody", "full"])
+@pytest.mark.parametrize(
+    "lost",
+    ["closed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("read by nobody", "full"))],
+)
 def test_a_run_goes_on_without_standard_error(lost, digits_dir, tmp_path):
     run = [sys.executable, "train.py", *DIGITS, f"--workdir={tmp_path}/run", "--config.num_steps=2"]
     run += ["--config.train_split=train[:64]", "--config.eval_split=test[:32]"]

@@ -117,6 +117,7 @@ def run_script(tmp_path, *arguments):
     return process.returncode, said, left
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="shared memory has no files")
 def test_memory_that_a_killed_program_leaves_is_removed_by_the_next(
     digits_dir, tmp_path, monkeypatch
@@ -138,6 +139,7 @@ def test_memory_that_a_killed_program_leaves_is_removed_by_the_next(
     assert set(others) <= there
 
 
+@pytest.mark.slow
 def test_damaged_data_leaves_no_memory_behind(own_digits, tmp_path):
     (path,) = (own_digits / "digits" / "1.0.0").glob("digits-train*")
     content = path.read_bytes()

@@ -11,6 +11,7 @@ from flax_resnet.data import channel_statistics, load_dataset
 PREPARE = Path(__file__).parents[3] / "shared" / "data" / "prepare_cifar10.py"
 
 
+@pytest.mark.slow
 @pytest.mark.cifar
 @pytest.mark.skipif(not PREPARE.exists(), reason="no real CIFAR-10 beside the checkout")
 def test_cifar10_that_tfds_prepared(tmp_path, monkeypatch):

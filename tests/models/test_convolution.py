@@ -339,7 +339,10 @@ def test_other_processors(compiler, emulator, instructions, tmp_path):
     assert (result.returncode, result.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("compiler", ["no_such_compiler", "false", "c++ '"])
+@pytest.mark.parametrize(
+    "compiler",
+    ["no_such_compiler", *(pytest.param(c, marks=pytest.mark.slow) for c in ("false", "c++ '"))],
+)
 def test_without_a_compiler_xla_does_it(compiler, user_cache):
     program = textwrap.dedent("""
         import functools, jax

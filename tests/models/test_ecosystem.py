@@ -121,7 +121,9 @@ def test_precision_is_that_of_its_place(variables, images):
 
 @pytest.mark.parametrize("kind", ["shard_map", "explicit"])
 @pytest.mark.parametrize(
-    "model", [MODEL, fr.ResNet9(3, widths=(8, 8, 8, 8))], ids=["ResNet", "ResNet9"]
+    "model",
+    [MODEL, pytest.param(fr.ResNet9(3, widths=(8, 8, 8, 8)), marks=pytest.mark.slow)],
+    ids=["ResNet", "ResNet9"],
 )
 def test_gradient_on_two_devices(model, kind, images, optimized):
     variables = draw(model)

@@ -67,7 +67,7 @@ SMALL_NETS: dict[str, tuple[str, int, dict[str, Any]]] = {
 # (model, height, width): an even and an odd side.
 NETS = [
     ("resnet18", 64, 75),
-    ("resnet50", 65, 64),
+    pytest.param("resnet50", 65, 64, marks=pytest.mark.slow),
     ("cifar_resnet20", 32, 27),
     ("cifar_resnet9", 16, 11),
     ("lab10_resnet50", 17, 16),

@@ -49,7 +49,7 @@ def state_of(model, optimizer):
     return jax.jit(create, compiler_options=options)(jax.random.key(0))
 
 
-@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+@pytest.mark.parametrize("kind", [pytest.param("BasicBlock", marks=pytest.mark.slow), "Bottleneck"])
 def test_trajectory_is_that_of_torch(kind, rng):
     """50 steps from the same weights on the same batches, with two falls of the rate.
 
@@ -102,7 +102,10 @@ def test_trajectory_is_that_of_torch(kind, rng):
     assert max(jax.tree.leaves(moved)) > 0.1
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "vgg" else pytest.param(n, marks=pytest.mark.slow) for n in NETS],
+)
 def test_every_net_trains_is_evaluated_and_goes_on_as_it_would_have(name, batch, tmp_path):
     model, optimizer = NETS[name], make_optimizer(Config(), optax.constant_schedule(0.02))
     start = state_of(model, optimizer)

@@ -243,6 +243,7 @@ def test_lines_beyond_the_checkpoint_are_taken_back(options, tmp_path, monkeypat
 # The profiler.
 
 
+@pytest.mark.slow
 def test_profile_of_a_few_steps(config, tmp_path):
     config = changed(config, num_steps=4, warmup_epochs=0.0, profile_steps=(1, 3))
     fr.train(config, tmp_path)

@@ -246,13 +246,14 @@ def _cnn():
 # Data.
 
 
-def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path):
+@pytest.mark.parametrize(
+    ("feed", "workers"), [("auto", 0), pytest.param("stream", 1, marks=pytest.mark.slow)]
+)
+def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path, feed, workers):
     _, expected = own_run
-    for feed, workers in (("auto", 0), ("stream", 1)):
-        config = CONFIG | {"data_feed": feed, "stream_workers": workers}
-        own = own_but(data=tuple(map(Listed, DATA)))
-        state = fr.train(config, tmp_path / f"{feed}{workers}", **own)
-        chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    config = CONFIG | {"data_feed": feed, "stream_workers": workers}
+    state = fr.train(config, tmp_path, **own_but(data=tuple(map(Listed, DATA))))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
 
 
 def test_arrays_can_be_streamed(own_run, tmp_path):
@@ -446,6 +447,7 @@ def test_run_by_name_takes_no_model(finished):
         fr.load_run(finished[0], model=CNN())
 
 
+@pytest.mark.slow
 def test_memory_is_kept_by_one_line_of_a_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -149,7 +149,7 @@ def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
     chex.assert_trees_all_equal(jax.device_get(resident), jax.device_get(streamed))
 
 
-@pytest.mark.parametrize("feed", ["auto", "stream"])
+@pytest.mark.parametrize("feed", [pytest.param("auto", marks=pytest.mark.slow), "stream"])
 def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, capsys, feed):
     monkeypatch.setattr(feeds, "_SECONDS_BETWEEN_LINES", 0.0)
     config = config_of(pictures, crop="padded", crop_padding=1, data_feed=feed, num_steps=1)
@@ -175,7 +175,11 @@ def test_an_evaluation_has_a_bar(monkeypatch, capsys):
     ("normalize", "expected"),
     [
         ("imagenet", IMAGENET),
-        ("0.5,0.4,0.3/0.2,0.2,0.1", [[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]]),
+        pytest.param(
+            "0.5,0.4,0.3/0.2,0.2,0.1",
+            [[0.5, 0.4, 0.3], [0.2, 0.2, 0.1]],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_normalisation_by_choice(pictures, tmp_path, normalize, expected):
@@ -254,7 +258,7 @@ class Mixed(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "label": i % 2}
 
 
-@pytest.mark.parametrize("crop", ["padded", "resized"])
+@pytest.mark.parametrize("crop", [pytest.param("padded", marks=pytest.mark.slow), "resized"])
 def test_images_of_tfds_that_differ_in_size(tmp_path, crop):
     data_dir = tmp_path / "data"
     Mixed(data_dir=str(data_dir)).download_and_prepare(file_format="array_record")

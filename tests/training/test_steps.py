@@ -95,6 +95,7 @@ def test_step_is_that_of_torch(rng, label_smoothing):
     chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
     model = MODEL.clone(layers=(1, 3))
     optimizer = make_optimizer(Config(**SGD), optax.constant_schedule(0.1))
@@ -191,7 +192,8 @@ def run_steps(config, dataset, devices, steps, bn_splits=1):
 
 
 @pytest.mark.parametrize(
-    ("devices", "accumulation_steps", "bn_splits"), [(2, 1, 1), (8, 1, 1), (8, 2, 1), (8, 1, 8)]
+    ("devices", "accumulation_steps", "bn_splits"),
+    [pytest.param(2, 1, 1, marks=pytest.mark.slow), (8, 1, 1), (8, 2, 1), (8, 1, 8)],
 )
 def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_splits):
     config = Config(batch_size=32, learning_rate=0.02, accumulation_steps=accumulation_steps)
