@@ -12,8 +12,9 @@ import flax_resnet as fr
 from flax_resnet import demo
 from flax_resnet.data import normalize
 
+pytestmark = pytest.mark.slow  # it is an extra
 
-@pytest.mark.slow
+
 def test_examples_and_what_it_says_of_them(finished, config, tmp_path):
     run = fr.load_run(finished[0])
     paths = demo.write_examples(run, tmp_path)

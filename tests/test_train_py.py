@@ -279,6 +279,7 @@ def test_several_processes_need_a_workdir(digits_dir):
         assert "several processes need a --workdir that all of them see" in result.stderr
 
 
+@pytest.mark.slow
 def test_memory_is_kept_unless_set_otherwise(tmp_path, digits_dir):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("import os\nraise ValueError(os.environ['GLIBC_TUNABLES'])\n")

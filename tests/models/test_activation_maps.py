@@ -48,7 +48,10 @@ def torch_maps(twin, last, images, classes, *, exact: bool) -> np.ndarray:
     return torch.einsum("nchw,nc->nhw", features, alpha).relu().detach().numpy()
 
 
-@pytest.mark.parametrize("name", ["BasicBlock", "PreActBottleneck", "ResNet9", "VGG"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("BasicBlock", marks=pytest.mark.slow), "PreActBottleneck", "ResNet9", "VGG"],
+)
 def test_maps_are_those_of_torch(name, rng):
     model, twin, last = nets(name)
     twin = torch_resnet.randomize(twin).double().eval()

@@ -149,7 +149,8 @@ def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
     chex.assert_trees_all_equal(jax.device_get(resident), jax.device_get(streamed))
 
 
-@pytest.mark.parametrize("feed", [pytest.param("auto", marks=pytest.mark.slow), "stream"])
+@pytest.mark.slow
+@pytest.mark.parametrize("feed", ["auto", "stream"])
 def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, capsys, feed):
     monkeypatch.setattr(feeds, "_SECONDS_BETWEEN_LINES", 0.0)
     config = config_of(pictures, crop="padded", crop_padding=1, data_feed=feed, num_steps=1)

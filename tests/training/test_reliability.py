@@ -281,6 +281,7 @@ def parent_of(stat):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
 def test_killed_run_leaves_no_process_behind(program):
     with program(*SMALL, "--config.data_feed=stream", "--config.stream_workers=1") as process:

@@ -206,6 +206,7 @@ def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_spl
     chex.assert_trees_all_close(several.batch_stats, one.batch_stats, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_per_replica_statistics_cross_no_devices(eight_devices):
     """What is left to sum over devices are the gradients, once a step, and the metrics."""
     mesh = make_mesh(16)
