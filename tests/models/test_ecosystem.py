@@ -75,6 +75,7 @@ def test_gradient_for_each_example(variables, images):
     )
 
 
+@pytest.mark.slow
 def test_remat_of_blocks_and_vmap_of_classes(variables, images, expected):
     def loss(model, variables):
         return jnp.square(model.apply(variables, images, train=True, mutable=True)[0]).mean()

@@ -104,6 +104,7 @@ def test_another_folder_is_refused(photos_run, pictures, tmp_path):
         fr.train(config, copy)
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_loses_nothing(photos_run, pictures, tmp_path, monkeypatch):
     _, expected = photos_run
     copy = shutil.copytree(pictures, tmp_path / "pictures")
@@ -189,6 +190,7 @@ def test_normalisation_by_choice(pictures, tmp_path, normalize, expected):
     assert [list(run.mean), list(run.std)] == expected
 
 
+@pytest.mark.slow
 def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path, capsys):
     source, _ = photos_run
     begun = json.loads((source / "dataset.json").read_text())
@@ -259,7 +261,8 @@ class Mixed(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": image, "label": i % 2}
 
 
-@pytest.mark.parametrize("crop", [pytest.param("padded", marks=pytest.mark.slow), "resized"])
+@pytest.mark.slow
+@pytest.mark.parametrize("crop", ["padded", "resized"])
 def test_images_of_tfds_that_differ_in_size(tmp_path, crop):
     data_dir = tmp_path / "data"
     Mixed(data_dir=str(data_dir)).download_and_prepare(file_format="array_record")

@@ -563,6 +563,7 @@ def test_other_batches_after_a_rollback():
     assert len({crop.tobytes() for crop in crops}) == 3
 
 
+@pytest.mark.slow
 def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 3, 99)
     monkeypatch.setattr(launch, "_MAX_ROLLBACKS", 1)

@@ -118,6 +118,7 @@ def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
     chex.assert_trees_all_close(layers[0], fr.unstack_blocks(layers[1]), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_costs_nothing(monkeypatch, optimized):
     monkeypatch.setattr(native, "load", lambda: None)  # whose arithmetic XLA would not count
 

@@ -228,10 +228,8 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
     assert type(data.open_data(check_config(config), tmp_path, devices).train) is fr.Dataset
 
 
-@pytest.mark.parametrize(
-    ("feed", "next_feed"),
-    [("resident", "stream"), pytest.param("stream", "resident", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])
 def test_a_run_goes_on_with_the_other_feed(
     feed, next_feed, finished, config, tmp_path, monkeypatch
 ):
