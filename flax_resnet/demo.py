@@ -26,9 +26,9 @@ from flax_resnet.cli import Parser, run_program
 from flax_resnet.errors import InputError, one_line
 from flax_resnet.evaluate import open_test_set
 from flax_resnet.maps import beside_its_map, has_maps, make_mapper
-from flax_resnet.predict import make_reader
+from flax_resnet.predict import load_run_of_pictures, make_reader
 from flax_resnet.progress import say, warn
-from flax_resnet.runs import Run, load_run, make_classifier
+from flax_resnet.runs import Run, make_classifier
 
 _EXAMPLES = 8
 _TOP = 5
@@ -129,9 +129,7 @@ def _parser() -> Parser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    run = load_run(options.workdir)
-    if run.image_shape[2] not in (1, 3):
-        raise InputError(f"{run.workdir} was trained on images of {run.image_shape[2]} channels")
+    run = load_run_of_pictures(options.workdir)
     with tempfile.TemporaryDirectory() as folder:
         page = make_page(run, write_examples(run, Path(folder)))
         try:

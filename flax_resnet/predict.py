@@ -66,6 +66,14 @@ def read_image(source: str | Path | BytesIO, image_shape: Sequence[int]) -> np.n
         return np.asarray(sized.convert("L" if channels == 1 else "RGB")).reshape(image_shape)
 
 
+def load_run_of_pictures(workdir: str | Path) -> Run:
+    """As `load_run`, of a run on grey or RGB images."""
+    run = load_run(workdir)
+    if run.image_shape[2] not in (1, 3):
+        raise InputError(f"{run.workdir} was trained on images of {run.image_shape[2]} channels")
+    return run
+
+
 def make_reader(run: Run) -> Callable[[str | BytesIO], np.ndarray]:
     """A picture as the run's evaluation has it."""
     if run.config.image_size is None or "data" in run.brought:
@@ -92,9 +100,7 @@ def _parser() -> Parser:
 
 
 def _main(options: argparse.Namespace) -> int:
-    run = load_run(options.workdir)
-    if run.image_shape[2] not in (1, 3):
-        raise InputError(f"{run.workdir} was trained on images of {run.image_shape[2]} channels")
+    run = load_run_of_pictures(options.workdir)
     write_maps = None if options.maps is None else _map_writer(run, Path(options.maps))
     failed: list[str] = []
 

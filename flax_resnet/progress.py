@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -78,6 +78,20 @@ def bar(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterable
         return tqdm(items, what, total, unit=unit, leave=False, dynamic_ncols=True)
     say(f"{what} ...")
     return items
+
+
+def slow_bar(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    """The items, if they take long with a bar that goes away, or a line a minute elsewhere."""
+    if shows_bars():
+        options: dict[str, Any] = {"leave": False, "delay": 2, "dynamic_ncols": True}
+        yield from tqdm(items, what, total, unit=f" {unit}", **options)
+        return
+    spoke = time.monotonic()
+    for done, item in enumerate(items, 1):
+        if time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
+            say(f"{what}: {done} of {total} {unit}")
+            spoke = time.monotonic()
+        yield item
 
 
 def duration(seconds: float) -> str:

@@ -26,14 +26,13 @@ from flax_resnet.training.checkpoint_files import (
 )
 from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.history import Record
-from flax_resnet.training.jsonfiles import read_json, user_path
+from flax_resnet.training.jsonfiles import MOST_BYTES, read_json, user_path
 from flax_resnet.training.mesh import find_devices, make_mesh
 from flax_resnet.training.plan import build_model
 
 # What a line of metrics.jsonl has at least; the second ones may be null.
 _METRICS = ("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds")
 _OPTIONAL_METRICS = ("test_loss", "test_accuracy", "learning_rate")
-_MOST_BYTES = 2**28
 _ATTEMPTS = 3
 _SECONDS_TO_DELETE = 1.0
 
@@ -215,7 +214,7 @@ def _shapes(tree: Any) -> Any:
 def _read_records(path: Path) -> Iterator[Record]:
     """The lines of metrics.jsonl; one that a run is just writing is left out."""
     try:
-        if os.path.exists(path) and os.stat(path).st_size > _MOST_BYTES:
+        if os.path.exists(path) and os.stat(path).st_size > MOST_BYTES:
             raise ValueError(f"it has {os.stat(path).st_size:,} bytes")
         lines = path.read_text().splitlines(keepends=True)
     except FileNotFoundError:

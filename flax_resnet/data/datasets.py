@@ -39,7 +39,7 @@ _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 # Beyond these, in bytes of an image and in classes, what TFDS tells of its files is damaged.
-_LARGEST = 2**28
+LARGEST_IMAGE = 2**28
 _MOST_CLASSES = 10**6
 
 _Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
@@ -426,7 +426,8 @@ def _check_features(builder: _Builder, label_key: str) -> None:
         raise InputError(f"data set {builder.name!r} has no 8-bit `image`")
     shape: Any = image.shape
     sides = [1 if side is None else side for side in shape]
-    if len(sides) != 3 or shape[2] not in _MODES or min(sides) < 1 or math.prod(sides) > _LARGEST:
+    has_form = len(sides) == 3 and shape[2] in _MODES and min(sides) >= 1
+    if not has_form or math.prod(sides) > LARGEST_IMAGE:
         reason = f"its images are of shape {list(shape)}"
         raise InputError(_damaged(builder.name, builder.data_path, reason))
     classes = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]

@@ -222,17 +222,16 @@ def _digests(checkpoint: Path) -> Iterator[tuple[str, str]]:
         would take long.
     """
     for path in sorted(checkpoint.rglob("*")):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise OSError(f"{path.relative_to(checkpoint)} is not a file")
-        stat = path.stat() if path.exists() else None
-        if stat and stat.st_size > _SMALL and 512 * stat.st_blocks < stat.st_size / 4:
-            raise OSError(
-                f"{path.relative_to(checkpoint)} has {stat.st_size:,} bytes, mostly holes"
-            )
-        if path.is_file() and path.name not in _NOT_IN_MANIFEST:
+        if path.is_dir() or not path.exists():  # the latter of a link that leads nowhere
+            continue
+        name, status = str(path.relative_to(checkpoint)), path.stat()
+        if not path.is_file():
+            raise OSError(f"{name} is not a file")
+        if status.st_size > _SMALL and 512 * status.st_blocks < status.st_size / 4:
+            raise OSError(f"{name} has {status.st_size:,} bytes, mostly holes")
+        if path.name not in _NOT_IN_MANIFEST:
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            yield str(path.relative_to(checkpoint)), digest
+                yield name, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

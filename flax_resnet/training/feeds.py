@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -17,11 +16,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from flax_resnet.data import Dataset, EvalBatches, TrainBatches, epoch_order
 from flax_resnet.errors import InputError
-from flax_resnet.progress import say, shows_bars
+from flax_resnet.progress import slow_bar
 from flax_resnet.training import programs
 from flax_resnet.training.data import Split, read_ahead
 from flax_resnet.training.mesh import (
@@ -37,7 +35,6 @@ from flax_resnet.training.steps import Metrics, TrainState
 
 # Enough that the time between two calls does not count, few enough to stop within seconds.
 _STEPS_A_CALL = 16
-_SECONDS_BETWEEN_LINES = 60.0  # of an evaluation
 
 
 class Feed(Protocol):
@@ -131,7 +128,7 @@ class _Resident:
         starts = range(0, len(self._plan.data.test), self._eval_batch_size)
         batches = (self._pick_eval(self._test, np.int32(start)) for start in starts)
         sums = (self._eval_step(state, batch) for batch in batches)
-        return _mean(_shown(sums, len(starts)), stop)
+        return _mean(slow_bar(sums, len(starts), "evaluating", "batches"), stop)
 
     def close(self) -> None:
         pass
@@ -210,7 +207,7 @@ class _Streamed:
         mesh, count = self._plan.mesh, self._test.batches_each_time
         batches = itertools.islice(self._test_batches, count)
         sums = (self._eval_step(state, put_share(batch, mesh)) for batch in batches)
-        return _mean(_shown(sums, count), stop)
+        return _mean(slow_bar(sums, count, "evaluating", "batches"), stop)
 
     def close(self) -> None:
         with contextlib.closing(self._batches):
@@ -242,20 +239,6 @@ def _compile(
         return tuple(threads.map(jax.stages.Lowered.compile, lowered))
     finally:
         threads.shutdown(wait=False)  # Ctrl-C does not wait for the compiler
-
-
-def _shown(sums: Iterator[Metrics], count: int) -> Iterator[Metrics]:
-    """With a bar of its own on a terminal, and a line a minute elsewhere, if it takes long."""
-    if shows_bars():
-        options: dict[str, Any] = {"leave": False, "delay": 2, "dynamic_ncols": True}
-        yield from tqdm(sums, "evaluating", count, unit=" batches", **options)
-        return
-    spoke = time.monotonic()
-    for done, batch in enumerate(sums, 1):
-        if time.monotonic() - spoke > _SECONDS_BETWEEN_LINES:
-            say(f"evaluating: {done} of {count} batches")
-            spoke = time.monotonic()
-        yield batch
 
 
 def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 
-from flax_resnet.data.datasets import special_file
+from flax_resnet.data.datasets import LARGEST_IMAGE, special_file
 from flax_resnet.errors import InputError
 from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
@@ -39,13 +39,9 @@ _FREE_KEYS = (
 )
 
 
-# Of an image, in bytes of its pixels: what is larger is damaged.
-_LARGEST_IMAGE = 2**28
-
-
 def _is_image_shape(value: Any) -> bool:
     is_one = is_list_of(int, value) and len(value) == 3 and min(value) >= 1
-    return is_one and math.prod(value) <= _LARGEST_IMAGE
+    return is_one and math.prod(value) <= LARGEST_IMAGE
 
 
 def _is_numbers(value: Any) -> bool:

@@ -10,7 +10,7 @@ from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.caches import expanded
 
 # A checkpoint's history of a million steps stays below it.
-_MOST_BYTES = 2**28
+MOST_BYTES = 2**28
 _DEEPEST = 20
 
 
@@ -29,7 +29,7 @@ def read_json(
     try:
         if not os.path.isfile(path) and os.path.exists(path):  # a pipe would never end
             raise InputError(f"{path} cannot be read: it is not a file")
-        if os.stat(path).st_size > _MOST_BYTES:
+        if os.stat(path).st_size > MOST_BYTES:
             raise InputError(f"{path} is damaged: it has {os.stat(path).st_size:,} bytes")
         content = json.loads(path.read_text())
     except InputError:

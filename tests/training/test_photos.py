@@ -17,10 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import flax_resnet as fr
-from flax_resnet import evaluate, predict
+from flax_resnet import evaluate, predict, progress
 from flax_resnet.data import Sizing, channel_statistics, epoch_order
 from flax_resnet.data.pictures import read_for_evaluation
-from flax_resnet.training import check_config, feeds
+from flax_resnet.training import check_config
 from flax_resnet.training.data import open_split
 from flax_resnet.training.loop import Loop
 from tests.data.test_pictures import draw, encoded
@@ -153,7 +153,7 @@ def test_small_pictures_may_lie_on_the_device(pictures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("feed", ["auto", "stream"])
 def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, capsys, feed):
-    monkeypatch.setattr(feeds, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     config = config_of(pictures, crop="padded", crop_padding=1, data_feed=feed, num_steps=1)
     fr.train(config, tmp_path)
     assert "evaluating: 2 of 3 batches\n" in capsys.readouterr().err
@@ -161,12 +161,12 @@ def test_a_long_evaluation_says_how_far_it_is(pictures, tmp_path, monkeypatch, c
 
 def test_an_evaluation_has_a_bar(monkeypatch, capsys):
     sums = [{"count": i} for i in range(3)]
-    assert list(feeds._shown(iter(sums), 3)) == sums
+    assert list(progress.slow_bar(iter(sums), 3, "evaluating", "batches")) == sums
     assert not capsys.readouterr().err  # of one that is soon done
     at_once = {"mininterval": 0, "delay": 0}
-    monkeypatch.setattr(feeds, "tqdm", lambda *args, **options: tqdm(*args, **options | at_once))
-    monkeypatch.setattr(feeds, "shows_bars", lambda: True)
-    assert list(feeds._shown(iter(sums), 3)) == sums
+    monkeypatch.setattr(progress, "tqdm", lambda *args, **options: tqdm(*args, **options | at_once))
+    monkeypatch.setattr(progress, "shows_bars", lambda: True)
+    assert list(progress.slow_bar(iter(sums), 3, "evaluating", "batches")) == sums
     assert re.search(r"evaluating:  67%.* 2/3 ", capsys.readouterr().err)
 
 
