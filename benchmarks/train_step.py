@@ -250,7 +250,7 @@ def measure(
         rate = flops(net, image_size) * batch_size / ours
         print(
             f"| {net} | {batch_size} | {'kept' if kept else 'default'} "
-            f"| {batch_size / ours:.0f} | {batch_size / torch:.0f} ({best}) "
+            f"| {batch_size / ours:.3g} | {batch_size / torch:.3g} ({best}) "
             f"| {statistics.median(ratios):.2f} "
             f"| {rate / 1e9:.0f} | {rate / matmul_rate:.0%} of {matmul_rate / 1e9:.0f} |",
             flush=True,
