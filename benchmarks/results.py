@@ -98,8 +98,9 @@ def rows(runs: dict[str, dict[str, Any]]) -> str:
         accuracy = [100 * record["test_accuracy"] for record in last]
         deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(names) > 1 else ""
         files = " ".join(f"[{name.split('-')[-1]}](results/{name}.jsonl)" for name in names)
+        words = command.removeprefix("python train.py --config configs/").split()
         lines.append(
-            f"| `{command.removeprefix('python train.py --config configs/')}` "
+            f"| {' '.join(f'`{word}`' for word in words)} "
             f"| {data} | {last[0]['epoch']} | {statistics.mean(minutes):.1f} "
             f"| {statistics.mean(accuracy):.2f}{deviation}% | {len(names)} | {commit} | {files} |"
         )
