@@ -24,6 +24,8 @@ try:
 except ImportError:
     pytest.skip("needs timm: pip install --no-deps timm", allow_module_level=True)
 
+pytestmark = pytest.mark.timm
+
 # A net for each thing that is ours to say: blocks, stems, shortcuts, attentions, poolings, norms.
 SOME = [
     "resnet10t",
@@ -127,7 +129,7 @@ def test_gradients_of_a_layer(name):
         assert error <= 1e-4 * np.linalg.norm(gradient)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(THEIRS & {*fr.list_models()}))
 def test_entries_and_shapes(name):
     state_dict = in_our_names(timm.create_model(name, device="meta").state_dict())
     theirs = {entry: tuple(value.shape) for entry, value in state_dict.items()}
