@@ -24,73 +24,74 @@ from flax_resnet.models.shapes import variable_shapes
 class Config:
     """A run's configuration, checked; recipes and the command line set a `ConfigDict`."""
 
-    # Seed of the initial weights, the order of the examples and their augmentation.
+    # Seeds the initial weights, the order of the examples and their augmentation.
     seed: int = 0
 
-    # Data: a TFDS name, its folder (None: $TFDS_DATA_DIR or ~/tensorflow_datasets),
-    # and TFDS split strings. Or "folder:PATH", of PATH/train/CLASS/* and PATH/val/CLASS/*.
+    # The data set: a name of TFDS, its folder (None: $TFDS_DATA_DIR or ~/tensorflow_datasets),
+    # and split strings of TFDS. Or "folder:PATH", with PATH/train/CLASS/* and PATH/val/CLASS/*.
     dataset: str = "cifar10"
     data_dir: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
-    # The feature of TFDS that is the label: cifar100 has "coarse_label" too.
+    # The feature of TFDS that is the label. cifar100 also has "coarse_label".
     label_key: str = "label"
-    # Of the images: 3 trains gray ones as red, green and blue; None leaves them as they are.
+    # Channels of the images. 3 repeats gray images as red, green and blue; None changes nothing.
     channels: int | None = None
-    # Pixels a side to which pictures are brought, of whatever size they are; None for data of
-    # one size, which stays. In evaluation their shorter side becomes `eval_resize` (None:
-    # image_size / 0.875), and the middle is cut out.
+    # Pictures of any size become square, with so many pixels a side. None is for data whose images
+    # all have one size, and keeps it. In evaluation the shorter side of a picture becomes
+    # `eval_resize` (None: image_size / 0.875), and the middle is cut out.
     image_size: int | None = None
     eval_resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     # Pictures that cannot be read: "stop" names them, "skip" leaves them out.
     bad_images: Literal["stop", "skip"] = "stop"
-    # Images are normalised by the mean and deviation of the training images ("data"), those of
-    # ImageNet ("imagenet"), or numbers in units of full white, of each channel, as
-    # "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data", but with `init_from` what that was trained
-    # with: another run's numbers, or ImageNet's for published weights.
+    # The mean and deviation by which images are normalised: those of the training images
+    # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, in units of full
+    # white: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
+    # weights were trained with: the other run's numbers, or ImageNet's for published weights.
     normalize: str = "auto"
-    # "resident": the data set lies decoded in the memory of every device; "stream": it is
-    # read from disk all the time, by `stream_workers` processes a host for each of the two
-    # splits (0: by the run's own); "auto" streams what would take over a quarter of the
-    # memory. Pictures of which random parts are taken are always streamed; those that fit in a
-    # quarter of the host's memory stay decoded there, unless "stream" is set, and so many threads
-    # read them. The batches are the same.
+    # "resident" keeps the decoded data set in the memory of every device. "stream" reads it from
+    # disk all the time, with `stream_workers` processes on each host for each of the two splits
+    # (0: in the run's own process). "auto" streams a data set that would take over a quarter of
+    # the memory. The batches are the same. Pictures with crop "resized" are always streamed.
+    # Unless "stream" is set, those that fit in a quarter of the host's memory stay decoded
+    # there, and `stream_workers` threads read them.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
-    # "padded": each training image is moved by up to `crop_padding` pixels, black coming in from
-    # the sides. "resized": a random part of each picture, resized to `image_size`, as
-    # torchvision's RandomResizedCrop (arXiv:1409.4842, section 6): `crop_area` is the range of
-    # its share of the picture, `crop_ratio` that of its width by its height.
+    # "padded" moves each training image by up to `crop_padding` pixels, and black comes in from
+    # the sides. "resized" takes a random part of each picture and resizes it to `image_size`, as
+    # torchvision's RandomResizedCrop (arXiv:1409.4842, section 6). `crop_area` is the range of the
+    # part's share of the picture, `crop_ratio` the range of its width divided by its height.
     crop: Literal["padded", "resized"] = "padded"
     crop_padding: int = 4
     crop_area: tuple[float, ...] = (0.08, 1.0)
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    # Of crop "resized", after it: "randaugment" does two operations to each image (Cubuk et al.,
-    # arXiv:1909.13719), "trivialaugment" one of any strength (Mueller and Hutter,
-    # arXiv:2103.10158), as torchvision's RandAugment and TrivialAugmentWide.
+    # What follows crop "resized". "randaugment" does two operations to each image (Cubuk et al.,
+    # arXiv:1909.13719), "trivialaugment" does one of any strength (Mueller and Hutter,
+    # arXiv:2103.10158). They are torchvision's RandAugment and TrivialAugmentWide.
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     horizontal_flip: bool = True
-    # Pixels a side of a square hidden at a random place of every training image; 0 for none.
+    # Hides a square at a random place of every training image, so many pixels a side; 0 for none.
     cutout: int = 0
     # Share of the training images that lose a rectangle (Zhong et al., arXiv:1708.04896).
     random_erasing: float = 0.0
-    # Images mixed with their neighbours in the batch, the targets alike; 0 for none, else the
-    # parameter alpha of the Beta distribution of their shares. mixup (Zhang et al.,
-    # arXiv:1710.09412) takes means of two images, cutmix (Yun et al., arXiv:1905.04899) puts a
-    # rectangle of one into the other; with both, each image gets one of the two.
+    # Mixes images, and their targets, with their neighbours in the batch. The number is the
+    # parameter alpha of the Beta distribution of their shares; 0 for none. mixup (Zhang et al.,
+    # arXiv:1710.09412) takes weighted means of two images, cutmix (Yun et al., arXiv:1905.04899)
+    # puts a rectangle of one into the other. With both, each image gets one of the two.
     mixup: float = 0.0
     cutmix: float = 0.0
 
-    # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that differ from its own.
+    # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that are to differ from
+    # that model's.
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
-    # Type of the compute; "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else float32.
+    # The type of the compute. "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # The weights to start from: a run's folder, of which the best checkpoint counts, a file as
-    # PyTorch or safetensors write it, or the id of a Hugging Face Hub repository. A classifier
-    # of another number of classes starts anew. None for random weights; "" is refused, for
-    # a recipe that has to be given some. It is read before the first step only: from there on
+    # The weights to start from: a run's folder (its best checkpoint), a file that PyTorch or
+    # safetensors wrote, or the id of a Hugging Face Hub repository. A classifier for another
+    # number of classes starts anew. None is for random weights. A recipe that has to be given
+    # weights sets "", which is refused. The weights are read before the first step only: after it
     # the run's own checkpoints hold everything.
     init_from: str | None = None
     # Modules and parameters that stay as they are, by their names in PyTorch, e.g.
@@ -99,60 +100,60 @@ class Config:
     # and normalises by them in training too.
     freeze: tuple[str, ...] = ()
 
-    # Examples a step, over all devices together. What is left of an epoch is dropped:
-    # another part of the examples every epoch.
+    # Examples per step, on all devices together. The examples that do not fill a last batch are
+    # left out. They are others in every epoch.
     batch_size: int = 128
-    # Parts in which a batch goes through the model one after the other, to save memory.
+    # A batch goes through the model in so many parts, one after the other, to save memory.
     accumulation_steps: int = 1
-    # BatchNorm's statistics: of the whole batch, or "per_replica", of each device's share.
+    # BatchNorm's statistics: those of the whole batch, or, "per_replica", of each device's share.
     batch_norm: Literal["global", "per_replica"] = "global"
     eval_batch_size: int = 512
-    # Length of the run; num_steps, where it is set, is the length instead.
+    # The length of the run. If `num_steps` is set, it is the length instead.
     num_epochs: int = 200
     num_steps: int | None = None
     # The test split is evaluated after every so many epochs, and after the last.
     eval_every: int = 1
 
-    # The learning rate, `learning_rate` at its peak: a linear warm-up over
-    # `warmup_epochs`, then "constant"; "step", times `decay_factor` at each of the
-    # fractions `decay_at` of the run; "cosine" to 0; or "onecycle", whose rise is the
-    # warm-up.
+    # The learning rate rises linearly over `warmup_epochs` to its peak, `learning_rate`. Then it
+    # stays ("constant"), falls to 0 along a cosine ("cosine"), or is multiplied by `decay_factor`
+    # at each of the fractions `decay_at` of the run ("step"). "onecycle" rises and falls along
+    # cosines; its rise is the warm-up.
     schedule: Literal["constant", "step", "cosine", "onecycle"] = "cosine"
     learning_rate: float = 0.1
     warmup_epochs: float = 0.0
     decay_at: tuple[float, ...] = (0.5, 0.75)
     decay_factor: float = 0.1
 
-    # "sgd" as torch.optim.SGD means it, "adamw" as torch.optim.AdamW; "lars" (You et al.,
-    # arXiv:1708.03888) and "lamb" (You et al., arXiv:1904.00962) for large batches.
+    # "sgd" is torch.optim.SGD, "adamw" torch.optim.AdamW. "lars" (You et al., arXiv:1708.03888)
+    # and "lamb" (You et al., arXiv:1904.00962) are for large batches.
     optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    # Of sgd and lars.
+    # `momentum` and `nesterov` are for sgd and lars.
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
     # Whether weight decay also acts on BatchNorm's scale and bias and on fc's bias.
     decay_bn_and_bias: bool = True
-    # The longest that the gradient of all parameters together may be, as
-    # torch.nn.utils.clip_grad_norm_ means it; None for no limit.
+    # The largest norm that the gradient of all parameters together may have, as in
+    # torch.nn.utils.clip_grad_norm_; None for no limit.
     clip_norm: float | None = None
     label_smoothing: float = 0.0
-    # Decay of an exponential moving average of the weights and of BatchNorm's statistics, such
-    # as 0.999; 0 for none. It is what is evaluated, and what `fr.load_run` gives. After t steps
-    # the decay is (1 + t) / (10 + t) where that is less, as in
-    # tf.train.ExponentialMovingAverage: the first weights are soon forgotten.
+    # The decay of an exponential moving average of the weights and of BatchNorm's statistics,
+    # such as 0.999; 0 for none. The average is what is evaluated, and what `fr.load_run` gives.
+    # After t steps the decay is (1 + t) / (10 + t) if that is less, as in
+    # tf.train.ExponentialMovingAverage. So the first weights are soon forgotten.
     ema_decay: float = 0.0
 
-    # Checkpoints are written after every epoch, and inside one when the last is so many
-    # minutes old. The newest `keep_checkpoints` and the best are kept.
+    # A checkpoint is written after every epoch, and within an epoch when the last one is so many
+    # minutes old. The newest `keep_checkpoints` and the best one are kept.
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
-    # A line of steps.jsonl, and a point in TensorBoard, every so many steps.
+    # Every so many steps, steps.jsonl gets a line and TensorBoard a point.
     log_every: int = 50
-    # (first, stop): JAX's profiler traces the steps from `first` to before `stop`, counted from
-    # 0, for the Profile tab of TensorBoard; () for none.
+    # (first, stop): JAX's profiler traces the steps first ... stop - 1, counted from 0, for the
+    # Profile tab of TensorBoard; () for none.
     profile_steps: tuple[int, ...] = ()
-    # When the loss or its gradient is not finite: "stop", or "rollback", which goes back to
-    # the newest checkpoint and on with other batches.
+    # What happens when the loss or its gradient is not finite. "stop" ends the run. "rollback"
+    # goes back to the newest checkpoint and on from there with other batches.
     on_nan: Literal["stop", "rollback"] = "stop"
 
 
