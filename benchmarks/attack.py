@@ -2,7 +2,8 @@
 
 Each attack is a command line, a run's folder, a data set, a file of weights or a picture that a
 broken script, a broken disk or a malicious friend might leave. It is run in a fork of one
-process that has imported everything. What is sound after all ends where the training would begin.
+process that has imported everything, in a folder of its own, which is its home too. What is sound
+after all ends where the training would begin.
 """
 
 import collections
@@ -56,7 +57,7 @@ TEXTS = (
         "/dev/full",
         "/dev/null/x",
         "/proc/self/mem",
-        "/",
+        "/proc/sys/kernel",
         ".",
         "..",
         "folder:/nope",
@@ -165,10 +166,17 @@ def change_content(rng: random.Random, content: bytes) -> bytes:
 
 def change_json(rng: random.Random, content: bytes) -> bytes:
     """With another value at a random place."""
-    try:
+    before, after, tree = b"", b"", None
+    with contextlib.suppress(ValueError):
         tree = json.loads(content)
-    except ValueError:
-        return change_content(rng, content)
+    if tree is None:  # a line of several
+        lines = content.splitlines(keepends=True) or [b""]
+        i = rng.randrange(len(lines))
+        before, after = b"".join(lines[:i]), b"\n" + b"".join(lines[i + 1 :])
+        try:
+            tree = json.loads(lines[i])
+        except ValueError:
+            return change_content(rng, content)
     place = tree
     while isinstance(place, dict | list) and place:
         key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
@@ -180,7 +188,7 @@ def change_json(rng: random.Random, content: bytes) -> bytes:
                 place[key] = rng.choice(VALUES)
             break
         place = inside
-    return json.dumps(tree).encode()
+    return before + json.dumps(tree).encode() + after
 
 
 def change_file(rng: random.Random, path: Path) -> None:
@@ -279,6 +287,8 @@ def on_run(rng: random.Random, base: Path, folder: Path) -> Attack:
         "report": [str(run), "--quiet"],
     }
     program = rng.choice(tuple(arguments))
+    if program == "train" and rng.random() < 0.3:
+        arguments["train"] += [f"--workdir={folder / 'other'}", f"--config.init_from={run}"]
     return Attack(program, arguments[program], (0, 2))
 
 
@@ -325,6 +335,8 @@ def on_weights(rng: random.Random, base: Path, folder: Path) -> Attack:
     else:
         content = change_content(rng, content)
     path.write_bytes(content)
+    if rng.random() < 0.1:
+        change_file(rng, path)
     arguments = [RECIPE, f"--config.data_dir={base / 'data'}", f"--workdir={folder / 'run'}"]
     arguments += [f"--config.{key}={value}" for key, value in SHORT.items()]
     return Attack("train", [*arguments, f"--config.init_from={path}", "--quiet"], (0, 2))
@@ -341,6 +353,8 @@ def on_picture(rng: random.Random, base: Path, folder: Path) -> Attack:
         Image.new(mode, sides).save(buffer, "tiff")
         content = buffer.getvalue()
     path.write_bytes(change_content(rng, content) if rng.random() < 0.9 else content)
+    if rng.random() < 0.1:
+        change_file(rng, path)
     options = ["--json"] * rng.randrange(2)
     given = [str(path), str(folder)][rng.random() < 0.2]
     arguments = ["--workdir", str(base / "run"), "--quiet", *options, given]
@@ -404,7 +418,11 @@ def _become(attack: Attack, folder: Path, said: Path) -> None:
         with open(os.devnull) as nothing:
             os.dup2(nothing.fileno(), 0)
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
-        os.chdir(ROOT)
+        here = folder / "here"
+        here.mkdir()
+        (here / "configs").symlink_to(ROOT / "configs")
+        os.chdir(here)
+        os.environ["HOME"] = str(here)
         code = _run(attack)
     except BaseException:
         traceback.print_exc()
@@ -422,7 +440,7 @@ def _run(attack: Attack) -> int:
     from flax_resnet.training import hosts, launch
 
     hosts._SECONDS_TO_MEET = 1
-    launch._train = lambda plan, checkpoints: None  # pyright: ignore[reportAttributeAccessIssue]
+    launch._train = _go_on  # pyright: ignore[reportAttributeAccessIssue]
     report.report_after_training = lambda workdir: None
     sys.argv = [f"{attack.program}.py", *attack.arguments]
     try:
@@ -437,12 +455,26 @@ def _run(attack: Attack) -> int:
     return 0
 
 
+def _go_on(plan: Any, checkpoints: Any) -> None:
+    """In place of training, what comes before its first step."""
+    from flax_resnet.training import launch, writers
+    from flax_resnet.training.history import History
+
+    step, history = 0, History()
+    if checkpoints.newest is not None:
+        state, history = launch._newest(plan, checkpoints)
+        step = int(state.step)
+    writers.take_up_files(plan, history, step, has_checkpoint=checkpoints.newest is not None)
+
+
 def _start_worker(caches: str) -> None:
     """Imports what the programs import, and says where what they compile is kept."""
     os.environ["GLIBC_TUNABLES"] = ""  # or train.py would start itself again
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XDG_CACHE_HOME"] = caches
     os.environ.pop("TFDS_DATA_DIR", None)
+    # Of semaphores with names, as a spawned process makes them, the forks would leave theirs.
+    multiprocessing.set_start_method("fork", force=True)
     warnings.simplefilter("ignore")  # of JAX, for forks: it has not started here
 
     import jax

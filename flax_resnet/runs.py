@@ -1,10 +1,9 @@
 """The folder of a run, finished or at work, opened for use; nothing in it is changed."""
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_resnet.data import normalize
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import files
 from flax_resnet.training.checkpoint_files import (
@@ -25,14 +24,11 @@ from flax_resnet.training.checkpoint_files import (
     read_variables,
 )
 from flax_resnet.training.config import Config, check_config
-from flax_resnet.training.history import Record
-from flax_resnet.training.jsonfiles import MOST_BYTES, read_json, user_path
+from flax_resnet.training.history import Record, check_record
+from flax_resnet.training.jsonfiles import read_json, read_text, user_path
 from flax_resnet.training.mesh import find_devices, make_mesh
 from flax_resnet.training.plan import build_model
 
-# What a line of metrics.jsonl has at least; the second ones may be null.
-_METRICS = ("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds")
-_OPTIONAL_METRICS = ("test_loss", "test_accuracy", "learning_rate")
 _ATTEMPTS = 3
 _SECONDS_TO_DELETE = 1.0
 
@@ -125,9 +121,8 @@ def open_run(workdir: str | Path, checkpoint: str | int, model: nn.Module | None
         if model is not None:
             raise InputError(f"the run in {workdir} has its model by name, {config.model}")
         model = build_model(config, len(description["class_names"]), mesh)
-    folder, variables, written = _read_patiently(
-        workdir, checkpoint, model, description["image_shape"]
-    )
+    expected = None if model is None else _expected(model, description["image_shape"])
+    folder, variables, written = _read_patiently(workdir, checkpoint, expected)
     return Run(
         workdir=workdir,
         config=config,
@@ -186,37 +181,36 @@ def _description(path: Path) -> dict[str, Any]:
     return {key: tuple(content[key]) for key in files.DESCRIPTION}
 
 
+def _expected(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """Shapes and dtypes of its variables."""
+    try:
+        return variable_shapes(model, image_shape)
+    except ValueError as error:
+        raise InputError(f"no run has such a model: {short_reason(error)}") from error
+
+
 def _read_patiently(
-    workdir: Path, checkpoint: str | int, model: nn.Module | None, image_shape: tuple[int, ...]
+    workdir: Path, checkpoint: str | int, expected: Any
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The checkpoint that is asked for, its variables, and what stands beside them."""
     attempts = 0
     while True:
         chosen = choose_checkpoint(workdir, checkpoint)
         try:
-            variables, history = read_variables(chosen), read_history(chosen)
-            break
+            variables, history = read_variables(chosen, expected), read_history(chosen)
+            return chosen, jax.device_put(variables, jax.local_devices()[0]), history
         except InputError:
             attempts += 1
             # A run at work deletes checkpoints, and this may have been one.
             time.sleep(_SECONDS_TO_DELETE)
             if chosen.exists() or attempts == _ATTEMPTS:
                 raise
-    if model is not None and _shapes(variables) != _shapes(variable_shapes(model, image_shape)):
-        raise InputError(f"checkpoint {chosen} is of another model")
-    return chosen, jax.device_put(variables, jax.local_devices()[0]), history
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
 def _read_records(path: Path) -> Iterator[Record]:
     """The lines of metrics.jsonl; one that a run is just writing is left out."""
     try:
-        if os.path.exists(path) and os.stat(path).st_size > MOST_BYTES:
-            raise ValueError(f"it has {os.stat(path).st_size:,} bytes")
-        lines = path.read_text().splitlines(keepends=True)
+        lines = read_text(path).splitlines(keepends=True)
     except FileNotFoundError:
         return  # of a run in its first epoch
     except (OSError, ValueError) as error:
@@ -226,17 +220,10 @@ def _read_records(path: Path) -> Iterator[Record]:
             return
         try:
             record = json.loads(line)
-            _check_numbers([record[name] for name in _METRICS])
-            _check_numbers([v for name in _OPTIONAL_METRICS if (v := record[name]) is not None])
+            check_record(record)
             yield record
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(f"{path} is damaged in line {number}: {error!r}") from error
-
-
-def _check_numbers(values: Sequence[Any]) -> None:
-    for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{value!r} is not a number")
 
 
 def _words(content: Any) -> dict[str, str]:

@@ -201,6 +201,35 @@ def run_copy(finished, tmp_path: Path) -> Path:
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
+@pytest.fixture
+def set_array() -> Callable[..., None]:
+    """set_array(checkpoint, name, shape, chunks): an array of nothing in it, and a manifest to it.
+
+    Of zeros that are not written, it may have any shape.
+    """
+    import tensorstore
+
+    from flax_resnet.training import checkpoint_files
+
+    def set_array(checkpoint, name, shape, chunks):
+        files = {"driver": "file", "path": f"{checkpoint}/state/"}
+        place = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        metadata = {"shape": shape, "chunks": chunks, "dtype": "<f4"}
+        spec = {"driver": "zarr", "kvstore": place, "metadata": metadata}
+        tensorstore.open(spec, create=True, delete_existing=True).result()
+        checkpoint_files.write_manifest(checkpoint)
+
+    return set_array
+
+
+@pytest.fixture
+def huge(run_copy: Path, set_array: Callable[..., None]) -> Path:
+    """That copy, where every checkpoint says that it has an array of four terabytes."""
+    for checkpoint in (run_copy / "checkpoints").iterdir():
+        set_array(checkpoint, "params.fc.kernel", [10**6, 10**6], [1000, 1000])
+    return run_copy
+
+
 @pytest.fixture(scope="session")
 def command_line(digits_dir: Path):
     """command_line(arguments) -> (exit code, stdout, stderr) of train.py.

@@ -11,6 +11,7 @@ from sklearn import metrics
 
 import flax_resnet as fr
 from flax_resnet import evaluate as module
+from flax_resnet import predict, runs
 from flax_resnet.data import Source
 from flax_resnet.evaluate import Evaluation, evaluate, open_test_set, summarize, wilson_interval
 
@@ -106,6 +107,14 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, tmp_path, call):
         code, out, err = call(module, *arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert message in err
+
+
+def test_checkpoint_of_a_huge_array_is_one_line(huge, call, monkeypatch):
+    monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
+    for program, arguments in ((module, ()), (predict, ("a.png",))):
+        code, out, err = call(program, "--workdir", huge, "--quiet", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "is of another model: params.fc.kernel float32[1000000, 1000000]" in err
 
 
 def test_memory_that_is_not_enough_is_one_line(finished, call, monkeypatch):

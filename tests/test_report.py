@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -119,7 +120,8 @@ def test_curves_are_the_lines_of_the_files(finished, run):
 
 def test_curves_by_step(run_copy):
     line = {"step": 5, "learning_rate": 0.25, "gradient_norm": 2.0, "loss": 1.0}
-    bad = ["torn", "[]", '{"step": 7}', json.dumps(line | {"gradient_norm": float("nan")}), "{"]
+    others = ({"gradient_norm": float("nan")}, {"learning_rate": ""}, {"step": 10**400})
+    bad = ["torn", "[]", '{"step": 7}', *(json.dumps(line | other) for other in others), "{"]
     many = [json.dumps(line | {"step": step}) for step in range(10, 3010)]
     (run_copy / "steps.jsonl").write_text("\n".join([json.dumps(line), *bad, *many]))
     charts = {chart["name"]: chart for chart in curves.charts([fr.load_run(run_copy)])}
@@ -127,6 +129,15 @@ def test_curves_by_step(run_copy):
     assert rate["x"][:2] == (5, 13)  # every fourth of 3001
     assert set(rate["y"]) == {0.25}
     assert set(charts["Gradient norm"]["lines"][0]["y"]) == {2.0}
+
+
+def test_lines_beyond_any_size(run_copy, capsys):
+    (run_copy / "steps.jsonl").touch()
+    os.truncate(run_copy / "steps.jsonl", 10**12)
+    charts = {chart["name"]: chart for chart in curves.charts([fr.load_run(run_copy)])}
+    assert list(charts["Learning rate"]["lines"][0]["x"]) == [8, 16, 24, 32]
+    said = "steps.jsonl cannot be read: it has 1,000,000,000,000 bytes; the curves go by epochs\n"
+    assert capsys.readouterr().err == f"{run_copy}/{said}"
 
 
 def test_run_is_not_the_same_to_the_colour_blind():

@@ -118,6 +118,10 @@ def holes(path):
     os.truncate(path, 10**12)
 
 
+def change_line(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text().splitlines()[0]) | changes) + "\n")
+
+
 def flip_a_bit(folder):
     path = max(
         (folder / "checkpoints" / "32" / "state").rglob("d/*"), key=lambda p: p.stat().st_size
@@ -146,6 +150,8 @@ def flip_a_bit(folder):
         (lambda f: pipe(f / "config.json"), "is not the folder of a run"),
         (lambda f: pipe(f / "dataset.json"), "dataset.json is not a file: take it out of"),
         (lambda f: pipe(f / "metrics.jsonl"), "metrics.jsonl is not a file"),
+        (lambda f: holes(f / "metrics.jsonl"), "cannot be read: it has 1,000,000,000,000 bytes"),
+        (lambda f: change_line(f / "metrics.jsonl", epoch=10**400), "is damaged in line 1"),
         (lambda f: pipe(f / "checkpoints/32/manifest.json"), "manifest.json is not a file"),
         (lambda f: pipe(f / "checkpoints/32/_CHECKPOINT_METADATA"), "_METADATA is not a file"),
         (lambda f: pipe(f / "checkpoints/32/state/d/pipe"), "state/d/pipe is not a file"),
@@ -167,6 +173,24 @@ def test_bad_folder_is_one_line(run_copy, monkeypatch, damage, message):
         fr.load_run(run_copy, "newest")
     assert message in str(error.value)
     assert str(run_copy) in str(error.value)
+
+
+def test_arrays_are_judged_before_they_are_read(huge, set_array, monkeypatch):
+    """By the model, or by the memory where nobody knows the model."""
+    monkeypatch.setattr(runs, "_SECONDS_TO_DELETE", 0)
+    with pytest.raises(fr.InputError) as error:
+        fr.load_run(huge, "newest")
+    assert str(error.value) == (
+        f"checkpoint {huge / 'checkpoints' / '32'} is of another model: params.fc.kernel "
+        "float32[1000000, 1000000], expected float32[64, 10]"
+    )
+    with pytest.raises(
+        fr.InputError, match=r"32 does not fit into memory: 4,000,000,\d{3},\d{3} b"
+    ):
+        checkpoint_files.read_variables(huge / "checkpoints" / "32")
+    set_array(huge / "checkpoints" / "32", "params.fc.kernel", [64, 10], [10**6, 10**6])
+    with pytest.raises(fr.InputError, match="damaged: an array is smaller than its parts"):
+        fr.load_run(huge, "newest")
 
 
 def test_unknown_checkpoint_names_those_there_are(finished):

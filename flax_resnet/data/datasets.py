@@ -1,5 +1,6 @@
 """Image data sets from TensorFlow Datasets as arrays, without TensorFlow."""
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -38,9 +39,14 @@ _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 # Pillow's names for images of 8 bits, by the number of their channels.
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
-# Beyond these, in bytes of an image and in classes, what TFDS tells of its files is damaged.
+# Beyond these, in bytes and in classes, what TFDS tells of its files is damaged.
 LARGEST_IMAGE = 2**28
+_LARGEST_EXAMPLE = 2 * LARGEST_IMAGE
 _MOST_CLASSES = 10**6
+
+# And these of the files that TFDS reads whole, in bytes, by the endings of their names; the
+# second has the names of the classes.
+_MOST_BYTES = {".json": 2**23, ".txt": 2**25}
 
 _Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
 
@@ -355,8 +361,7 @@ def _open(name: str, data_dir: str) -> _Builder:
             f"there, {parsed.name}"
         )
     folder = os.path.join(data_dir, parsed.name)
-    if (path := special_file(folder)) is not None:
-        raise InputError(_damaged(parsed.name, folder, f"{path} is not a file"))
+    _check_folder(parsed.name, folder)
     open_builder = Digits if name == "digits" else partial(tfds.builder, name)
     try:
         builder: _Builder = open_builder(data_dir=data_dir)
@@ -388,6 +393,17 @@ def _open(name: str, data_dir: str) -> _Builder:
     return builder
 
 
+def _check_folder(name: str, folder: str) -> None:
+    """Whether TFDS can read what is in the folder of a data set, if there is one."""
+    if (path := special_file(folder)) is not None:
+        raise InputError(_damaged(name, folder, f"{path} is not a file"))
+    for entry in _entries(folder):
+        most = _MOST_BYTES.get(os.path.splitext(entry.name)[1])
+        with contextlib.suppress(FileNotFoundError):  # of another process that prepares it
+            if most is not None and (size := entry.stat().st_size) > most:
+                raise InputError(_damaged(name, folder, f"{entry.path} has {size:,} bytes"))
+
+
 def special_file(folder: str | os.PathLike[str], depth: int = 3) -> str | None:
     """A pipe, socket or device in a folder, where reading might never end.
 
@@ -395,17 +411,19 @@ def special_file(folder: str | os.PathLike[str], depth: int = 3) -> str | None:
       folder: that need not exist.
       depth: of its folders; those of a data set are for configuration, version and files.
     """
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    if depth and (path := special_file(entry.path, depth - 1)) is not None:
-                        return path
-                elif not entry.is_file() and os.path.exists(entry.path):
-                    return entry.path
-    except OSError:  # told by who reads the files
-        pass
-    return None
+    special = (entry.path for entry in _entries(folder, depth) if not entry.is_file())
+    return next(special, None)
+
+
+def _entries(folder: str | os.PathLike[str], depth: int = 3) -> Iterator[os.DirEntry[str]]:
+    """All but folders, in a folder and in its folders."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # told by who reads them
+        for entry in entries:
+            if entry.is_dir():
+                if depth:
+                    yield from _entries(entry.path, depth - 1)
+            elif os.path.exists(entry.path):
+                yield entry
 
 
 def _check_files(builder: _Builder, split: str) -> None:
@@ -622,7 +640,7 @@ def _tfrecords(path: Any) -> Iterator[bytes]:
         size = os.fstat(file.fileno()).st_size
         while head := file.read(12):
             (length,) = struct.unpack("<Q", head[:8].ljust(8, b"\xff"))
-            if len(head) < 12 or length > size:
+            if len(head) < 12 or length > min(size, _LARGEST_EXAMPLE):
                 raise EOFError(f"{path} ends inside a record")
             data = file.read(length + 4)
             if len(data) < length + 4:

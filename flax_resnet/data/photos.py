@@ -236,6 +236,8 @@ def find_bad(pictures: Any) -> list[int]:
 
 
 def _remembered(path: Path, count: int) -> list[int] | None:
+    if not os.path.isfile(path):  # nothing there, or a pipe
+        return None
     try:
         bad = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

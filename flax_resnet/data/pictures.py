@@ -5,6 +5,7 @@ import functools
 import io
 import math
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,9 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _ATTEMPTS = 10
+# Of a file: uncompressed the most pixels that Pillow takes have fewer, and bytes between them it
+# reads one by one.
+_MOST_BYTES = 2**30
 
 Picture = str | Path | io.BytesIO  # a file, or what one holds
 Box = tuple[int, int, int, int]  # left, upper, right, lower
@@ -67,15 +71,25 @@ def opened(source: Picture) -> Iterator[Image.Image]:
 
     Raises:
       InputError: here or within, if it is not a picture or is damaged, or if it has more than
-        twice as many pixels as `PIL.Image.MAX_IMAGE_PIXELS`, 179 million as Pillow comes.
+        twice as many pixels as `PIL.Image.MAX_IMAGE_PIXELS`, 179 million as Pillow comes, or a
+        GiB of bytes.
     """
     try:
+        if not isinstance(source, io.BytesIO):
+            _check_file(os.stat(source))
         with _without_warnings(), Image.open(source, formats=_decoders()) as image:
             yield image
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise what they like
         raise InputError(_reason(error)) from error
+
+
+def _check_file(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):  # a pipe might never begin
+        raise InputError("it is not a file")
+    if status.st_size > _MOST_BYTES:
+        raise InputError(f"it has {status.st_size:,} bytes")
 
 
 _hushing = threading.Lock()
@@ -146,10 +160,10 @@ def find_pictures(folder: str | Path) -> list[Path]:
     seen: set[tuple[int, int]] = set()
 
     def look(inside: str) -> None:
-        stat = os.stat(inside)
-        if (stat.st_dev, stat.st_ino) in seen:
+        status = os.stat(inside)
+        if (status.st_dev, status.st_ino) in seen:
             return
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         with os.scandir(inside) as entries:
             for entry in entries:
                 if entry.name.startswith("."):

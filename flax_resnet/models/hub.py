@@ -13,6 +13,8 @@ _FILES = (
     "pytorch_model.bin.index.json",
 )
 
+_LARGEST_INDEX = 2**26  # bytes, a hundred times those of the largest models
+
 
 def download(repository: str) -> Path:
     """Path of a Hub repository's weights, or of the index of their shards, all downloaded.
@@ -80,6 +82,8 @@ def shards(index: Path) -> list[Path]:
       ValueError: if it is no index.
     """
     try:
+        if index.stat().st_size > _LARGEST_INDEX:
+            raise ValueError(index)
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         is_index = all(Path(name).name == name for name in names)  # no other folder's
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

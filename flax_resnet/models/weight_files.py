@@ -59,7 +59,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
     return in_our_names(_read(path))
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path, *, is_shard: bool = False) -> Mapping[str, Any]:
     if not os.path.exists(path):
         raise ValueError(f"there is no file {path}")
     if not os.path.isfile(path):
@@ -69,8 +69,9 @@ def _read(path: Path) -> Mapping[str, Any]:
             head = file.read(64)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if head.startswith(b"{"):
-        return {name: value for shard in shards(path) for name, value in _read(shard).items()}
+    if head.startswith(b"{") and not is_shard:  # or an index might name itself
+        parts = (_read(shard, is_shard=True) for shard in shards(path))
+        return {name: value for part in parts for name, value in part.items()}
     # The length of a header of at most 100 MB, and the header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
         return _read_safetensors(path)

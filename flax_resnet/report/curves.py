@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from flax_resnet.progress import warn
 from flax_resnet.runs import Run
 from flax_resnet.training.history import Record
+from flax_resnet.training.jsonfiles import read_text
 
 # Okabe and Ito's, which the colour-blind tell apart, without black and yellow, which are not seen
 # on one of the papers.
@@ -88,18 +90,21 @@ def _read_steps(run: Run) -> list[Record]:
     """The lines of steps.jsonl, without those that are none."""
     path = run.workdir / "steps.jsonl"
     try:
-        lines = path.read_bytes().decode(errors="replace").splitlines()
-    except OSError:
+        return list(_records(read_text(path, errors="replace").splitlines()))
+    except FileNotFoundError:  # of an earlier version
         return []
-    return list(_records(lines))
+    except (OSError, ValueError) as error:
+        warn(f"{path} cannot be read: {error}; the curves go by epochs")
+        return []
 
 
 def _records(lines: Iterable[str]) -> Iterable[Record]:
     for line in lines:
         try:
             record = json.loads(line)
-            numbers = [record["step"], record["learning_rate"] or 0, record["gradient_norm"]]
+            rate = record["learning_rate"]
+            numbers = [record["step"], 0 if rate is None else rate, record["gradient_norm"]]
             if all(math.isfinite(number) for number in numbers):
                 yield record
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             continue

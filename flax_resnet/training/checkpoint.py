@@ -145,10 +145,12 @@ class Checkpoints:
         """
         step = self._manager.latest_step()
         assert step is not None
-        self._check_shapes(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         placed = ocp.checkpoint_utils.construct_restore_args(abstract)
-        try:
+        folder = self._folder / str(step)
+        with checkpoint_files.reading(folder):
+            metadata: Any = self._manager.item_metadata(step)
+            checkpoint_files.check_arrays(folder, metadata["state"], like)
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -157,12 +159,7 @@ class Checkpoints:
                     run=ocp.args.JsonRestore(),
                 ),
             )
-            names = [field.name for field in dataclasses.fields(History)]
-            return restored["state"], History(**{name: restored["run"][name] for name in names})
-        except Exception as error:  # Orbax and TensorStore have many, and no base for them
-            raise InputError(
-                f"checkpoint {self._folder / str(step)} cannot be read: {short_reason(error)}"
-            ) from error
+            return restored["state"], History.from_json(restored["run"])
 
     def finish(self) -> None:
         """Returns when all is on disk.
@@ -188,22 +185,6 @@ class Checkpoints:
             (folder,) = self._folder.glob(f"{self._being_written}.orbax-checkpoint-tmp*")
             checkpoint_files.write_manifest(folder)
 
-    def _check_shapes(self, step: int, like: TrainState) -> None:
-        metadata: Any = self._manager.item_metadata(step)
-        theirs = _shapes(metadata["state"])
-        ours = _shapes(like)
-        different = [
-            f"{name} {theirs.get(name, 'missing')}, expected {ours.get(name, 'none')}"
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name) != ours.get(name)
-        ]
-        if different:
-            more = f", and {len(different) - 3} more" if len(different) > 3 else ""
-            raise InputError(
-                f"checkpoint {self._folder / str(step)} is of another model: "
-                f"{'; '.join(different[:3])}{more}"
-            )
-
     def _cannot_be_written(self, error: Exception) -> InputError:
         steps = checkpoint_files.steps_in(self._folder.parent)
         last = f"the last one is {self._folder / str(steps[-1])}" if steps else "there is none"
@@ -220,13 +201,6 @@ def _one_writer() -> Any:
     """
     handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     return ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _versions() -> dict[str, str]:

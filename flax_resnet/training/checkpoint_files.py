@@ -5,9 +5,11 @@ and `manifest.json`, the SHA-256 of every file. TensorStore does not notice a fl
 manifest is compared before anything is read.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import sys
 import threading
@@ -22,6 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flax_resnet.errors import InputError, short_reason
+from flax_resnet.training.hardware import host_memory
 from flax_resnet.training.jsonfiles import read_json
 
 _REPLACED = "replaced"
@@ -89,16 +92,20 @@ def accuracy_at(history: Mapping[str, Any], step: int) -> float | None:
     return None
 
 
-def read_variables(checkpoint: Path) -> dict[str, Any]:
+def read_variables(checkpoint: Path, expected: Any = None) -> dict[str, Any]:
     """The variables of a sound checkpoint that its evaluation took; the rest stays on disk.
 
     They are the moving average where the run keeps one. Every host reads by itself.
+
+    Args:
+      checkpoint: its folder.
+      expected: what has the shapes and dtypes of the variables, where these are known.
 
     Returns:
       {"params", "batch_stats"}, or {"params"}, NumPy arrays.
 
     Raises:
-      InputError: if it is damaged.
+      InputError: if it is damaged, or of another model.
     """
     if found := damage_of(checkpoint):
         raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
@@ -109,22 +116,76 @@ def read_variables(checkpoint: Path) -> dict[str, Any]:
     )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     state = checkpoint.absolute() / "state"
-    try:
+    with reading(checkpoint):
         # Not a checkpointer's metadata, which warns of a file that Orbax can do without.
         stored: Any = handler.metadata(epath.Path(state)).tree
         averaged = bool(stored.get("ema"))
         variables = stored["ema"] if averaged else stored
         like = {kind: variables[kind] for kind in ("params", "batch_stats") if variables.get(kind)}
+        check_arrays(checkpoint, like, expected)
         like = {"ema": like} if averaged else like
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
         arguments = ocp.args.PyTreeRestore(like, as_numpy, partial_restore=True)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             restored = checkpointer.restore(state, args=arguments)
         return restored["ema"] if averaged else restored
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Raises an InputError where a checkpoint cannot be read within."""
+    try:
+        yield
+    except InputError:
+        raise
     except Exception as error:  # Orbax and TensorStore have many, and no base for them
         raise InputError(
             f"checkpoint {checkpoint} cannot be read: {short_reason(error)}"
         ) from error
+
+
+def check_arrays(checkpoint: Path, stored: Any, expected: Any = None) -> None:
+    """Refuses arrays by what Orbax tells of them, before there is memory for any.
+
+    Args:
+      checkpoint: that they are in.
+      stored: a tree of Orbax's metadata.
+      expected: what has the shapes and dtypes that they should have; None where nobody knows.
+
+    Raises:
+      InputError: if they are others, or more than the memory holds.
+    """
+    leaves = jax.tree.leaves(stored)
+    if any(_chunk(leaf) > max(1, math.prod(leaf.shape)) for leaf in leaves):
+        raise InputError(f"checkpoint {checkpoint} is damaged: an array is smaller than its parts")
+    if expected is None:
+        size = sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves)
+        if size > host_memory():
+            raise InputError(f"checkpoint {checkpoint} does not fit into memory: {size:,} bytes")
+        return
+    theirs, ours = _shapes(stored), _shapes(expected)
+    different = [
+        f"{name} {theirs.get(name, 'missing')}, expected {ours.get(name, 'none')}"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if different:
+        more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+        raise InputError(
+            f"checkpoint {checkpoint} is of another model: {'; '.join(different[:3])}{more}"
+        )
+
+
+def _chunk(leaf: Any) -> int:
+    """Values of a part of an array that TensorStore decodes at once."""
+    return math.prod(leaf.storage.chunk_shape or ()) if leaf.storage else 1
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def write_manifest(checkpoint: Path) -> None:

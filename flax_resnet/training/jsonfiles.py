@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.caches import expanded
 
 # A checkpoint's history of a million steps stays below it.
-MOST_BYTES = 2**28
+_MOST_BYTES = 2**28
 _DEEPEST = 20
 
 
@@ -27,13 +28,7 @@ def read_json(
       InputError: if it cannot be read, is no file or a very large one, or holds something else.
     """
     try:
-        if not os.path.isfile(path) and os.path.exists(path):  # a pipe would never end
-            raise InputError(f"{path} cannot be read: it is not a file")
-        if os.stat(path).st_size > MOST_BYTES:
-            raise InputError(f"{path} is damaged: it has {os.stat(path).st_size:,} bytes")
-        content = json.loads(path.read_text())
-    except InputError:
-        raise
+        content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {short_reason(error)}") from error
     if not isinstance(content, dict):
@@ -44,6 +39,25 @@ def read_json(
     if bad := [key for key, fits in checks if key not in content or not fits(content[key])]:
         raise InputError(f"{path} is damaged: it does not hold {', '.join(bad)} as a run has it")
     return content
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The text of a file of a run.
+
+    Args:
+      path: of the file.
+      errors: of the decoding, as in Python.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError: if it is not text, no file or a very large one.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+        raise ValueError("it is not a file")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError(f"it has {status.st_size:,} bytes")
+    return path.read_bytes().decode(errors=errors)
 
 
 def is_list_of(kind: type, value: Any) -> bool:

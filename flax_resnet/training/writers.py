@@ -20,7 +20,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.progress import Progress, duration, say, warn
 from flax_resnet.training import programs, tensorboard
 from flax_resnet.training.history import History, Record, best_of
-from flax_resnet.training.jsonfiles import write_whole
+from flax_resnet.training.jsonfiles import read_text, write_whole
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import TrainState, split_layers
 
@@ -93,14 +93,19 @@ def _leave(path: Path, lines: Iterable[str]) -> None:
 
 
 def _read(path: Path) -> str:
-    return path.read_bytes().decode(errors="replace") if path.exists() else ""
+    try:
+        return read_text(path, errors="replace")
+    except FileNotFoundError:
+        return ""
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}; take it away to go on") from error
 
 
 def _step_of(line: str) -> float:
     """Infinite for what is no line of steps.jsonl."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return float("inf")
 
 

@@ -272,6 +272,14 @@ def test_tfrecord_file_that_was_cut_off(own_digits, place):
         load_dataset("digits", "test", str(own_digits))
 
 
+def test_tfrecord_of_holes(own_digits):
+    path = as_tfrecord(own_digits) / "digits-test.tfrecord-00000-of-00001"
+    path.write_bytes(struct.pack("<Q", 2**40))
+    os.truncate(path, 2**41)
+    with pytest.raises(InputError, match=r"of digits is damaged: .* ends inside a record"):
+        load_dataset("digits", "test", str(own_digits))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -402,6 +410,17 @@ def test_pipes_and_devices_are_not_read(others, name):
         path.unlink(missing_ok=True)
         make(path)
         assert_refused(others, f"of others is damaged: {path} is not a file")
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_info.json", "features.json", "label.labels.txt", "../.config/metadata.json"]
+)
+def test_files_beyond_any_size(others, name):
+    path = others / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 2**26)  # holes, of which TFDS would read 2**40 too
+    assert_refused(others, rf"of others is damaged: .*/{path.name} has 67,108,864 bytes")
 
 
 def test_a_pipe_in_the_users_cache(own_digits, user_cache):

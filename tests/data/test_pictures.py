@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 
 import numpy as np
 import pytest
@@ -175,6 +176,20 @@ def test_cmyk_is_converted():
 def test_what_is_no_picture(content, message):
     with pytest.raises(InputError, match=message), opened(io.BytesIO(content)) as image:
         upright(image)
+
+
+def test_file_beyond_any_size(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(draw(5, 7)).getvalue())
+    os.truncate(path, 2**40)
+    with pytest.raises(InputError, match="it has 1,099,511,627,776 bytes"), opened(path):
+        pass
+
+
+def test_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="it is not a file"), opened(tmp_path / "a.png"):
+        pass
 
 
 def test_pictures_of_a_folder(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import builtins
 import json
 import logging
+import os
 import pickle
 import shutil
 import warnings
@@ -194,6 +195,19 @@ def test_shards(tmp_path, arrays, variables):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     chex.assert_trees_all_equal(fr.from_torch(MODEL, index), variables)
+
+
+def test_index_that_names_itself(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv1.weight": index.name}}))
+    assert_refused(index, reason="it is neither of safetensors nor of torch.save")
+
+
+def test_index_of_holes(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{")
+    os.truncate(index, 2**40)
+    assert_refused(index, reason="no index of weights in shards")
 
 
 class Pickled:

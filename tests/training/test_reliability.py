@@ -31,6 +31,7 @@ from flax_resnet.training import (
     programs,
     writers,
 )
+from flax_resnet.training.history import History
 from flax_resnet.training.loop import Loop
 from tests.training.plans import planned
 from tests.training.test_train import (
@@ -42,6 +43,10 @@ from tests.training.test_train import (
 )
 
 ROOT = Path(__file__).parents[2]
+RECORD = (
+    *("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds"),
+    *("test_loss", "test_accuracy", "learning_rate"),
+)
 
 
 def assert_same_run(state, folder, finished):
@@ -430,6 +435,42 @@ def test_checkpoint_of_another_model_is_refused(finished, config, tmp_path, fiel
     with pytest.raises(fr.InputError, match=f"32 is of another model: {message}.*, and .. more"):
         fr.train(other, copy)
     assert steps_kept(copy) == steps_kept(finished[0])
+
+
+def test_arrays_are_judged_before_they_are_restored(huge, config):
+    with pytest.raises(fr.InputError) as error:
+        fr.train(config, huge)
+    assert str(error.value) == (
+        f"checkpoint {huge / 'checkpoints' / '32'} is of another model: params.fc.kernel "
+        "float32[1000000, 1000000], expected float32[64, 10]"
+    )
+
+
+HISTORIES = {
+    "records that are none": {"records": [1]},
+    "records in no list": {"records": {}},
+    "a record of infinite digits": {"records": [dict.fromkeys(RECORD, 10**400)]},
+    "a loss that is text": {"losses": ["0.5"]},
+    "no seconds": {"seconds": None},
+    "too many returns": {"rollbacks": 10**30},
+}
+
+
+@pytest.mark.parametrize("changes", HISTORIES.values(), ids=HISTORIES)
+def test_history_that_no_run_writes(changes):
+    sound = dataclasses.asdict(History(records=[dict.fromkeys(RECORD, 1)], losses=[0.5]))
+    assert History.from_json(sound).losses == [0.5]
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        History.from_json(sound | changes)
+
+
+def test_lines_beyond_any_size(finished, config, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    (copy / "steps.jsonl").touch()
+    os.truncate(copy / "steps.jsonl", 10**12)
+    with pytest.raises(fr.InputError, match=r"steps.jsonl cannot be read: it has 1,000,000,000,00"):
+        fr.train(config, copy)
 
 
 # The folder.
