@@ -1,6 +1,7 @@
 """The two splits of a run: in memory where they fit there, else on disk."""
 
 import contextlib
+import math
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -233,9 +234,9 @@ def _normalization(
     if how == "imagenet":
         how = _IMAGENET
     if isinstance(how, str):
-        if stored is not None and "train" in facts and stored.get("train") == facts["train"]:
-            return _stored(stored, begun)  # the same pictures, which need not be read for it
-        return _measure(config, train)
+        if stored is None or "train" not in facts or stored.get("train") != facts["train"]:
+            return _measure(config, train)
+        how = _stored(stored, begun)  # the same pictures, which need not be read for it
     if len(how[0]) != channels:
         raise InputError(
             f"normalize={config.normalize} is of {len(how[0])} channels, and the images have "
@@ -261,7 +262,9 @@ def _of_source(init_from: str) -> Statistics:
 def _stored(content: Mapping[str, Any], path: Path) -> Statistics:
     try:
         mean, std = (tuple(map(float, content[key])) for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError) as error:
+        if len(mean) != len(std) or not all(map(math.isfinite, mean + std)):
+            raise ValueError(mean, std)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is damaged: it does not hold mean and std") from error
     return mean, std
 

@@ -182,6 +182,14 @@ def test_what_cannot_be_used_is_refused_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mean", [[float("nan")] * 3, [10**400, 0, 0], [0.5], "0.5", None])
+def test_mean_that_no_run_writes(config, run_copy, tmp_path, mean):
+    path = run_copy / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": mean}))
+    with pytest.raises(fr.InputError, match=r"dataset\.json is damaged: it does not hold mean and"):
+        fr.train(changed(config, init_from=str(run_copy)), tmp_path / "run")
+
+
 def test_weights_for_colours_are_summed_for_gray_images(finished):
     model, variables = fr.cifar_resnet8(), read_variables(choose_checkpoint(finished[0], "best"))
     state_dict = fr.to_torch(model, variables)
