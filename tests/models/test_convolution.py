@@ -315,6 +315,7 @@ def test_an_empty_batch(operands):
 
 
 ARM = "aarch64-linux-gnu-g++ -static"
+SANITIZED = "g++ -march=native -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 @pytest.mark.parametrize(
@@ -322,6 +323,7 @@ ARM = "aarch64-linux-gnu-g++ -static"
     [
         ("g++ -march=x86-64", "", "sse2"),
         ("g++ -march=x86-64-v3", "", "avx2"),
+        pytest.param(SANITIZED, "", "", marks=pytest.mark.slow, id="sanitized"),
         pytest.param(ARM, "qemu-aarch64", "", marks=pytest.mark.arm, id="arm"),
     ],
 )
