@@ -416,14 +416,12 @@ def lower(plan: Plan, *, scanned: bool) -> jax.stages.Lowered:
     def array(*dims: int, dtype: Any = jnp.int32, sharding: Any = divided) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
-    state = jax.tree.map(
-        lambda leaf: array(*leaf.shape, dtype=leaf.dtype, sharding=everywhere), state_of(plan)
-    )
-    step = programs.make_train_step(plan)
+    state, step = state_of(plan), programs.make_train_step(plan)
+    formats = programs.free_formats(state, plan.mesh)
     if not scanned:
         images = array(size, *shape, dtype=jnp.uint8)
         batch = {"image": images, "label": array(size), "index": array(size)}
-        return jax.jit(step, donate_argnums=0, out_shardings=everywhere).lower(state, batch)
+        return programs.lower_training(step, state, formats, plan.mesh, batch)
     count = len(plan.data.train)
     many = programs.make_train_steps(
         step,
@@ -434,7 +432,7 @@ def lower(plan: Plan, *, scanned: bool) -> jax.stages.Lowered:
     images = array(count, math.prod(shape), dtype=jnp.uint8, sharding=everywhere)
     order = array(count, sharding=everywhere)
     data = {"image": images, "label": order}
-    return jax.jit(many, donate_argnums=0, out_shardings=everywhere).lower(state, data, order)
+    return programs.lower_training(many, state, formats, plan.mesh, data, order)
 
 
 def row(name: str, program: str) -> str:

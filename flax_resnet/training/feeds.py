@@ -42,15 +42,17 @@ class Feed(Protocol):
 
     Attributes:
       steps_a_call: how many steps `advance` can take at once.
+      formats: how the arrays of a state have to lie on the devices.
     """
 
     steps_a_call: int
+    formats: Any
 
     def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
         """The state after steps `step` to `step + count - 1`, and their metrics.
 
         Args:
-          state: after step - 1; its arrays are used up.
+          state: after step - 1, in `formats`; its arrays are used up.
           step: counted from 0.
           count: 1, or `steps_a_call` if the epoch has so many left.
 
@@ -64,7 +66,7 @@ class Feed(Protocol):
         ...
 
     def evaluate(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Mean "loss" and "accuracy" over the test split.
+        """Mean "loss" and "accuracy" over the test split, of a state in `formats`.
 
         None as soon as stop(), asked before every batch, says so.
         """
@@ -108,16 +110,18 @@ class _Resident:
             jax.jit(pick_eval, out_shardings=divided).lower(self._test, zero).compile()
         )
         step = programs.make_train_step(plan, rollbacks)
-        self._step, self._eval_step = _compile(
-            plan, step, state, self._batch(0), self._pick_eval(self._test, zero)
-        )
+        training: list[Any] = [(step, self._batch(0))]
         if platform(mesh) != "cpu" and plan.steps_per_epoch >= _STEPS_A_CALL:
             self.steps_a_call = _STEPS_A_CALL
             many = programs.make_train_steps(
                 step, pick, steps_per_epoch=plan.steps_per_epoch, steps=_STEPS_A_CALL
             )
-            many = jax.jit(many, donate_argnums=0, out_shardings=replicated(mesh))
-            self._many_steps = many.lower(state, self._train, self._order(0)).compile()
+            training.insert(0, (many, self._train, self._order(0)))
+        (*many_steps, self._step), self._eval_step, self.formats = _compile(
+            plan, state, training, self._pick_eval(self._test, zero)
+        )
+        if many_steps:
+            (self._many_steps,) = many_steps
 
     def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
         if count == 1:
@@ -171,11 +175,11 @@ class _Streamed:
         self._test = EvalBatches(
             test_set, eval_size, share_of_host(mesh, eval_size), plan.num_epochs
         )
-        self._step, self._eval_step = _compile(
+        step = programs.make_train_step(plan, rollbacks)
+        (self._step,), self._eval_step, self.formats = _compile(
             plan,
-            programs.make_train_step(plan, rollbacks),
             state,
-            self._shapes(train_set, size, index=jnp.int32),
+            [(step, self._shapes(train_set, size, index=jnp.int32))],
             self._shapes(test_set, eval_size, mask=jnp.bool_),
         )
         self._batches = read_ahead(train, config)
@@ -226,19 +230,46 @@ class _Streamed:
 
 
 def _compile(
-    plan: Plan, step: programs.Step, state: TrainState, batch: Any, eval_batch: Any
-) -> tuple[jax.stages.Compiled, ...]:
-    """The step and the evaluation of a batch, both at once."""
-    everywhere = replicated(plan.mesh)
-    train = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-    evaluate = jax.jit(programs.make_eval_step(plan), out_shardings=everywhere)
-    lowered = [train.lower(state, batch), evaluate.lower(state, eval_batch)]
-    # On a GPU XLA times its candidates, and two programs would disturb each other.
-    threads = ThreadPoolExecutor(1 if platform(plan.mesh) == "gpu" else None)
+    plan: Plan, state: TrainState, training: list[tuple[Any, ...]], eval_batch: Any
+) -> tuple[list[jax.stages.Compiled], jax.stages.Compiled, Any]:
+    """The programs of a run, and the formats of the state that goes from one to the other.
+
+    Args:
+      plan: of the run.
+      state: its shapes count.
+      training: functions of a state, each with its further inputs; first what is called most.
+      eval_batch: to be evaluated.
+
+    Returns:
+      The training, the evaluation of a batch, and the formats.
+    """
+    mesh = plan.mesh
+
+    def lower(formats, program, *inputs):
+        return programs.lower_training(program, state, formats, mesh, *inputs)
+
+    compiled, formats = [], jax.tree.map(lambda _: replicated(mesh), state)
+    if platform(mesh) != "cpu":
+        # The first may choose, and the others have to take it.
+        compiled = [lower(programs.free_formats(state, mesh), *training.pop(0)).compile()]
+        chosen = compiled[0].input_formats[0][0]
+        formats = jax.tree.map(
+            lambda leaf, format: format if leaf.ndim > 1 else format.sharding, state, chosen
+        )
+    evaluate = jax.jit(
+        programs.make_eval_step(plan),
+        in_shardings=(formats, None),
+        out_shardings=replicated(mesh),
+    )
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    lowered = [lower(formats, *one) for one in training] + [evaluate.lower(shapes, eval_batch)]
+    # Several at once; on a GPU XLA times its candidates, and two programs would disturb each other.
+    threads = ThreadPoolExecutor(1 if platform(mesh) == "gpu" else None)
     try:
-        return tuple(threads.map(jax.stages.Lowered.compile, lowered))
+        *others, evaluate = threads.map(jax.stages.Lowered.compile, lowered)
     finally:
         threads.shutdown(wait=False)  # Ctrl-C does not wait for the compiler
+    return [*compiled, *others], evaluate, formats
 
 
 def _mean(sums: Iterator[Metrics], stop: Callable[[], bool]) -> dict[str, float] | None:

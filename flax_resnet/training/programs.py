@@ -7,16 +7,17 @@ are those of the global batch unless the config says otherwise.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, erase, mix, normalize
 from flax_resnet.data.augment import normalize_values
-from flax_resnet.training.mesh import by_example
+from flax_resnet.training.mesh import by_example, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
     Batch,
@@ -202,3 +203,38 @@ def make_train_steps(
         return jax.lax.scan(body, state, length=steps)
 
     return program
+
+
+def free_formats(state: TrainState, mesh: Mesh) -> Any:
+    """Of a state on every device, of which the compiler chooses how its weights lie in memory.
+
+    In JAX's own order a GPU would transpose them on their way into a program and out of it.
+    """
+    everywhere, free = replicated(mesh), Format(Layout.AUTO, replicated(mesh))
+    return jax.tree.map(lambda leaf: free if leaf.ndim > 1 else everywhere, state)
+
+
+def lower_training(
+    program: Callable[..., tuple[TrainState, Metrics]],
+    state: TrainState,
+    formats: Any,
+    mesh: Mesh,
+    *inputs: Any,
+) -> jax.stages.Lowered:
+    """One of the programs above, (state, *inputs) -> (state, metrics), which uses the state up.
+
+    Args:
+      program: what is lowered.
+      state: its shapes count.
+      formats: of the state, before and after; shardings or what `free_formats` gives.
+      mesh: of the metrics, which lie on every device.
+      inputs: arrays, or their shapes with shardings.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    jitted = jax.jit(
+        program,
+        donate_argnums=0,
+        in_shardings=(formats, *(None for _ in inputs)),
+        out_shardings=(formats, replicated(mesh)),
+    )
+    return jitted.lower(shapes, *inputs)

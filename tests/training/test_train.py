@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.layout import Format, Layout
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -373,8 +374,16 @@ def test_eight_devices_stop_and_go_on_to_the_same_bits(
     assert without_timing(read_metrics(stopped)) == without_timing(read_metrics(whole))
 
 
+def reversed_formats(state, devices):
+    return jax.tree.map(
+        lambda leaf: Format(Layout(tuple(range(leaf.ndim))[::-1]), mesh.replicated(devices)), state
+    )
+
+
 def test_many_steps_a_call(config, tmp_path, monkeypatch):
-    """As on GPU and TPU, where three steps a call and two more by themselves make an epoch."""
+    """As on GPU and TPU, where three steps a call and two more by themselves make an epoch, and
+    weights lie in another order.
+    """
     monkeypatch.setattr(feeds, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
     calls = []
@@ -382,9 +391,13 @@ def test_many_steps_a_call(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         programs, "make_train_steps", lambda *a, **o: calls.append(o) or make(*a, **o)
     )
+    monkeypatch.setattr(programs, "free_formats", reversed_formats)
     config = changed(config, learning_rate=0.005, num_epochs=2)
-    fr.train(config, tmp_path / "many")
+    state = fr.train(config, tmp_path / "many")
     monkeypatch.undo()
+    assert state.params["conv1"]["kernel"].format.layout.major_to_minor == (3, 2, 1, 0)
+    kept = fr.load_run(tmp_path / "many", "newest").variables["params"]
+    chex.assert_trees_all_equal(jax.device_get(kept), jax.device_get(state.params))
     fr.train(config, tmp_path / "one by one")
     assert [call["steps"] for call in calls] == [3]
     for name, tolerance in (("train_loss", 1e-4), ("gradient_norm", 1e-2), ("test_loss", 1e-3)):
