@@ -63,6 +63,7 @@ def test_nothing_is_wasted_on_an_h100(program):
     convolutions_are_cudnns(module, 3 * len(kernels) - 1)
     no_activation_is_moved_or_wide(module, examples)
     state_is_donated(module, plan)
+    no_weight_is_transposed(module)
     loops_have_a_known_length(module, program)
     if program.devices > 1:
         gradients_meet_once_a_step(module, program, sum(kernel.size for kernel in kernels))
@@ -107,6 +108,15 @@ def state_is_donated(module: Module, plan: Plan) -> None:
     assert aliases
     outputs = [int(i) for i in re.findall(r"\{(\d+)\}: \(\1, \{\}", aliases[1])]
     assert outputs == list(range(len(jax.tree.leaves(compiled.state_of(plan)))))
+
+
+def no_weight_is_transposed(module: Module) -> None:
+    """Nor its momentum, all of which are float32. What is cast to bfloat16 may be."""
+    for kernel in module.walk():
+        for one in (kernel.instruction, *kernel.fused.values()):
+            if one.opcode == "transpose":
+                for shape in one.shapes:
+                    assert (shape.dtype, len(shape.dims)) != ("f32", 4), one.name
 
 
 def loops_have_a_known_length(module: Module, program: Program) -> None:
