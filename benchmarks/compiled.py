@@ -417,7 +417,7 @@ def lower(plan: Plan, *, scanned: bool) -> jax.stages.Lowered:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
     state, step = state_of(plan), programs.make_train_step(plan)
-    formats = programs.free_formats(state, plan.mesh)
+    formats = programs.state_formats(state, plan.mesh)
     if not scanned:
         images = array(size, *shape, dtype=jnp.uint8)
         batch = {"image": images, "label": array(size), "index": array(size)}

@@ -248,10 +248,9 @@ def _compile(
     def lower(formats, program, *inputs):
         return programs.lower_training(program, state, formats, mesh, *inputs)
 
-    compiled, formats = [], jax.tree.map(lambda _: replicated(mesh), state)
-    if platform(mesh) != "cpu":
-        # The first may choose, and the others have to take it.
-        compiled = [lower(programs.free_formats(state, mesh), *training.pop(0)).compile()]
+    compiled, formats = [], programs.state_formats(state, mesh)
+    if platform(mesh) == "gpu":  # the first chooses them, and the others have to take them
+        compiled = [lower(formats, *training.pop(0)).compile()]
         chosen = compiled[0].input_formats[0][0]
         formats = jax.tree.map(
             lambda leaf, format: format if leaf.ndim > 1 else format.sharding, state, chosen

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, erase, mix, normalize
 from flax_resnet.data.augment import normalize_values
-from flax_resnet.training.mesh import by_example, replicated
+from flax_resnet.training.mesh import by_example, platform, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
     Batch,
@@ -205,13 +205,15 @@ def make_train_steps(
     return program
 
 
-def free_formats(state: TrainState, mesh: Mesh) -> Any:
-    """Of a state on every device, of which the compiler chooses how its weights lie in memory.
+def state_formats(state: TrainState, mesh: Mesh) -> Any:
+    """How a state lies on the devices, all of it on each; on a GPU as the compiler chooses.
 
-    In JAX's own order a GPU would transpose them on their way into a program and out of it.
+    In JAX's own order a GPU would transpose the weights on their way into a program and out of it.
+    A TPU's program is the same either way.
     """
-    everywhere, free = replicated(mesh), Format(Layout.AUTO, replicated(mesh))
-    return jax.tree.map(lambda leaf: free if leaf.ndim > 1 else everywhere, state)
+    everywhere = replicated(mesh)
+    weights = Format(Layout.AUTO, everywhere) if platform(mesh) == "gpu" else everywhere
+    return jax.tree.map(lambda leaf: weights if leaf.ndim > 1 else everywhere, state)
 
 
 def lower_training(
@@ -226,7 +228,7 @@ def lower_training(
     Args:
       program: what is lowered.
       state: its shapes count.
-      formats: of the state, before and after; shardings or what `free_formats` gives.
+      formats: of the state, before and after; what `state_formats` gives, or a program chose.
       mesh: of the metrics, which lie on every device.
       inputs: arrays, or their shapes with shardings.
     """

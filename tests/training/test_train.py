@@ -381,8 +381,8 @@ def reversed_formats(state, devices):
 
 
 def test_many_steps_a_call(config, tmp_path, monkeypatch):
-    """As on GPU and TPU, where three steps a call and two more by themselves make an epoch, and
-    weights lie in another order.
+    """As on a GPU, where three steps a call and two more by themselves make an epoch, and weights
+    lie in another order.
     """
     monkeypatch.setattr(feeds, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
@@ -391,7 +391,7 @@ def test_many_steps_a_call(config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         programs, "make_train_steps", lambda *a, **o: calls.append(o) or make(*a, **o)
     )
-    monkeypatch.setattr(programs, "free_formats", reversed_formats)
+    monkeypatch.setattr(programs, "state_formats", reversed_formats)
     config = changed(config, learning_rate=0.005, num_epochs=2)
     state = fr.train(config, tmp_path / "many")
     monkeypatch.undo()
