@@ -200,6 +200,6 @@ def _train_on(
         profiler = stack.enter_context(contextlib.closing(Profiler(plan)))
         opened = stack.enter_context(writers.open_writers(plan, state, history))
         stack.enter_context(signals)
-        state = jax.device_put(state, feed.formats, donate=True)
+        state = programs.place(state, feed.formats)
         loop = Loop(plan, feed, checkpoints, signals, profiler, opened, state, history)
         return unstack_blocks(loop.run())

@@ -216,6 +216,14 @@ def state_formats(state: TrainState, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: weights if leaf.ndim > 1 else everywhere, state)
 
 
+def place(state: TrainState, formats: Any) -> TrainState:
+    """A replicated state as it has to lie; what was given is used up."""
+    if not any(isinstance(format, Format) for format in jax.tree.leaves(formats)):
+        return state  # as it is
+    # Not jax.device_put, which cannot do it on several hosts.
+    return jax.jit(lambda state: state, donate_argnums=0, out_shardings=formats)(state)
+
+
 def lower_training(
     program: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
