@@ -419,8 +419,15 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer gradient, Resul
       OwnKernelGradient(x.typed_data(), xs, gradient.typed_data(), gs, ks, stride, padding,
                         channels, set, begin, end, result);
   });
-  for (Index s = 0; s < splits - 1; ++s)
-    for (Index i = 0; i < size; ++i) total[i] += partial[s * size + i];
+  // Many threads have many sums, so they share this one too.
+  if (splits > 1)
+    ParallelFor(pool, kernel_rows, [&](Index row) {
+      for (Index i = row * gs.c; i < (row + 1) * gs.c; i += kLanes) {
+        Vector sum = At(total + i);
+        for (Index s = 0; s < splits - 1; ++s) sum += At(&partial[s * size + i]);
+        At(total + i) = sum;
+      }
+    });
   return ffi::Error::Success();
 }
 
