@@ -194,7 +194,7 @@ def test_best_of_several_runs():
 def test_browser_draws_the_curves(finished, tmp_path):
     path = report.write_report([finished[0]], tmp_path / "one.html")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]
+    options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=30000"]
     result = subprocess.run(
         [*command, *options, path.as_uri()], capture_output=True, text=True, check=True, timeout=60
     )
