@@ -326,7 +326,7 @@ def test_no_home_is_no_error(no_home):
 def test_help_names_the_options():
     result = run_train("--help", data_dir="nowhere")
     assert (result.returncode, result.stderr) == (0, "")
-    for text in ("configs/digits_resnet8.py: ", "learning_rate: float = 0.1", "# A batch goes through"):
+    for text in ("configs/digits_resnet8.py: ", "learning_rate: float = 0.1", "# A batch goes"):
         assert text in result.stdout
     for option in ("--config", "--workdir", "--coordinator", "--num_processes", "--process_id"):
         assert option in result.stdout
