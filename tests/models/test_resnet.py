@@ -17,7 +17,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
-from flax_resnet.models.layers import BatchNorm
+from flax_resnet.models.layers import BatchNorm, SqueezeExcite
 from flax_resnet.models.variants import VARIANTS
 from tests.models.test_fields import init
 
@@ -300,6 +300,13 @@ def test_initial_values_are_those_of_torch():
             np.testing.assert_array_equal(value, path[-1] == "scale", str(path))
     for path, value in flatten_dict(variables["batch_stats"]).items():
         np.testing.assert_array_equal(value, path[-1] == "var", str(path))
+
+
+def test_initial_biases_of_squeeze_excite_are_those_of_torch():
+    params = SqueezeExcite().init(jax.random.key(0), jnp.zeros((1, 1, 1, 512)))["params"]
+    for name, fan_in in (("fc1", 512), ("fc2", 32)):
+        limit = fan_in**-0.5
+        assert 0.9 * limit < np.abs(params[name]["bias"]).max() <= limit
 
 
 def test_statistics_move_in_training_only(rng):
