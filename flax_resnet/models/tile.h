@@ -189,6 +189,9 @@ Array Allocate(Index size) {
 float* Scratch(Index size) {
   thread_local Array scratch;
   thread_local Index capacity = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  capacity = 0;  // no more than is asked for, so that what is beyond is noticed
+#endif
   if (capacity < size) {
     scratch = Allocate(size);
     capacity = size;

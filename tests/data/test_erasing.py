@@ -42,6 +42,9 @@ def test_rectangles_are_those_of_the_paper():
         same: Any = stats.ks_2samp(a, b)
         assert same.pvalue > 1e-3
         assert a.mean() == pytest.approx(b.mean(), abs=5 * b.std() / np.sqrt(len(a)))
+    for extreme in (np.min, np.max):  # of the ratio
+        of_theirs = extreme(theirs[0, theirs[0] > 0] / theirs[1, theirs[1] > 0])
+        assert extreme(ours[0] / ours[1]) == pytest.approx(of_theirs, rel=0.1)
     for lengths, starts in ((ours[0], ours[2]), (ours[1], ours[3])):  # in one piece
         assert (lengths + starts <= max(HEIGHT, WIDTH)).all()
 

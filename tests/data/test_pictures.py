@@ -159,6 +159,12 @@ def test_any_mode(image, expected):
     assert grey.shape == (4, 4, 1)
 
 
+@pytest.mark.parametrize(("value", "expected"), [(0.5, 128), (1.0, 255), (2.0, 2), (100.0, 100)])
+def test_white_of_floating_point_is_1_or_255(value, expected):
+    file = encoded(Image.new("F", (8, 8), value), "tiff")
+    assert (read_for_evaluation(file, Sizing(4, 5)) == expected).all()
+
+
 def test_cmyk_is_converted():
     file = encoded(Image.new("CMYK", (9, 9), (0, 0, 0, 0)), "jpeg")
     assert (read_for_evaluation(file, Sizing(4, 5)) == 255).all()

@@ -27,6 +27,7 @@ torch = pytest.importorskip("torch")
 CASES = [
     (5, 32, 32, 3, 16, 3, 1, 1),  # CIFAR's stem
     (3, 45, 38, 3, 64, 7, 2, 3),  # ImageNet's
+    (2, 15, 12, 1, 16, 7, 2, 3),  # and of gray images, whose last tile of taps has a row
     (9, 17, 13, 16, 48, 3, 2, 1),
     (7, 8, 9, 64, 32, 1, 1, 0),
     (7, 9, 8, 32, 128, 1, 2, 0),
