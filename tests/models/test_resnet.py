@@ -303,7 +303,7 @@ def test_initial_values_are_those_of_torch():
 
 
 def test_initial_biases_of_squeeze_excite_are_those_of_torch():
-    params = SqueezeExcite().init(jax.random.key(0), jnp.zeros((1, 1, 1, 512)))["params"]
+    params: Any = SqueezeExcite().init(jax.random.key(0), jnp.zeros((1, 1, 1, 512)))["params"]
     for name, fan_in in (("fc1", 512), ("fc2", 32)):
         limit = fan_in**-0.5
         assert 0.9 * limit < np.abs(params[name]["bias"]).max() <= limit
