@@ -395,9 +395,9 @@ def _open(name: str, data_dir: str) -> _Builder:
 
 def _check_folder(name: str, folder: str) -> None:
     """Whether TFDS can read what is in the folder of a data set, if there is one."""
-    if (path := special_file(folder)) is not None:
-        raise InputError(_damaged(name, folder, f"{path} is not a file"))
     for entry in _entries(folder):
+        if not entry.is_file():
+            raise InputError(_damaged(name, folder, f"{entry.path} is not a file"))
         most = _MOST_BYTES.get(os.path.splitext(entry.name)[1])
         with contextlib.suppress(FileNotFoundError):  # of another process that prepares it
             if most is not None and (size := entry.stat().st_size) > most:

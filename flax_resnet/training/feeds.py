@@ -244,6 +244,7 @@ def _compile(
       The training, the evaluation of a batch, and the formats.
     """
     mesh = plan.mesh
+    state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
     def lower(formats, program, *inputs):
         return programs.lower_training(program, state, formats, mesh, *inputs)
@@ -260,8 +261,7 @@ def _compile(
         in_shardings=(formats, None),
         out_shardings=replicated(mesh),
     )
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    lowered = [lower(formats, *one) for one in training] + [evaluate.lower(shapes, eval_batch)]
+    lowered = [lower(formats, *one) for one in training] + [evaluate.lower(state, eval_batch)]
     # Several at once; on a GPU XLA times its candidates, and two programs would disturb each other.
     threads = ThreadPoolExecutor(1 if platform(mesh) == "gpu" else None)
     try:

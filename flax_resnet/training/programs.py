@@ -235,16 +235,15 @@ def lower_training(
 
     Args:
       program: what is lowered.
-      state: its shapes count.
+      state: its shapes and dtypes, without shardings, which `formats` says.
       formats: of the state, before and after; what `state_formats` gives, or a program chose.
       mesh: of the metrics, which lie on every device.
       inputs: arrays, or their shapes with shardings.
     """
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     jitted = jax.jit(
         program,
         donate_argnums=0,
         in_shardings=(formats, *(None for _ in inputs)),
         out_shardings=(formats, replicated(mesh)),
     )
-    return jitted.lower(shapes, *inputs)
+    return jitted.lower(state, *inputs)
