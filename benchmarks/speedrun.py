@@ -60,7 +60,7 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
     from flax_resnet.training.programs import random_keys
 
     config = check_config(recipe(seed))
-    assert config.horizontal_flip  # as `torch_data` does
+    assert config.horizontal_flip  # by chance, as `torch_data` does
     torch.manual_seed(seed)
     train, test = (fr.load_dataset(config.dataset, split) for split in ("train", "test"))
     epoch = torch_data(
@@ -75,16 +75,7 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
     init_key, *_ = random_keys(seed)
     variables = net.init(init_key, jax.numpy.zeros((1, *train.image_shape)), train=False)
     model = train_step.torch_net(config.model, variant, **config.model_fields)
-    of_others = config.weight_decay * config.decay_bn_and_bias
-    optimizer = torch.optim.SGD(
-        [
-            {"params": [p for p in model.parameters() if p.ndim > 1]},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": of_others},
-        ],
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = torch_optimizer(model, config)
     step = train_step.torch_step(model, optimizer, variant, config.label_smoothing)
     step(*next(epoch()))  # compiles
     model.load_state_dict(fr.to_torch(net, variables))
@@ -107,8 +98,31 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
 
-    model.eval()
     mean, std = channel_statistics([train.images])
+    return seconds, torch_accuracy(model, variant, test, mean, std)
+
+
+def torch_optimizer(model: Any, config: Any) -> Any:
+    """PyTorch's of a config, whose learning rate is set before every step."""
+    import torch
+
+    of_others = config.weight_decay * config.decay_bn_and_bias
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": of_others},
+        ],
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
+
+
+def torch_accuracy(model: Any, variant: str, test: Any, mean: Any, std: Any) -> float:
+    """On a whole split, normalised by these."""
+    import torch
+
+    model.eval()
     place = train_step.torch_place(variant)
     autocast = torch.autocast(place["device"], torch.bfloat16, enabled=place["device"] == "cuda")
     correct = 0
@@ -118,7 +132,7 @@ def torch_run(seed: int, variant: str) -> tuple[float, float]:
             images = torch.from_numpy(images.transpose(0, 3, 1, 2)).float().to(**place)
             answers = model(images).argmax(1).cpu().numpy()
             correct += int((answers == test.labels[at : at + 500]).sum())
-    return seconds, correct / len(test)
+    return correct / len(test)
 
 
 def main() -> None:

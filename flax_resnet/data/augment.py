@@ -67,6 +67,32 @@ def augment(
     return images
 
 
+def flip_in_turn(
+    images: Shaped[Array, "n h w c"],
+    index: Int[ArrayLike, " n"],
+    key: Key[Array, ""],
+    epoch: Int[ArrayLike, ""],
+) -> Shaped[Array, "n h w c"]:
+    """Mirrors half of the images left to right, and in the next epoch the other half.
+
+    So two epochs show each image once as it is and once mirrored, where flips by chance show half
+    of them twice alike. (K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+    arXiv:2404.00498, section 3.6.)
+
+    Args:
+      images: [N, H, W, C].
+      index: int32 [N], the place of each image in the data set.
+      key: of the seed; which half an image belongs to depends on it and the index alone.
+      epoch: counted from 0.
+
+    Returns:
+      Images of the same shape and dtype.
+    """
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
+    turn = jax.vmap(jax.random.bits)(keys) + jnp.asarray(epoch, jnp.uint32)
+    return jnp.where((turn % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
+
+
 # Images [N, H, W, C] from (row, column) on, [N] each, after padding with zeros on every side.
 
 

@@ -71,6 +71,9 @@ class Config:
     # arXiv:2103.10158). They are torchvision's RandAugment and TrivialAugmentWide.
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     horizontal_flip: bool = True
+    # Mirrors in each epoch the half of the images that the epoch before did not (K. Jordan,
+    # arXiv:2404.00498, section 3.6). False mirrors each by chance.
+    alternating_flip: bool = False
     # Hides a square at a random place of every training image, so many pixels a side; 0 for none.
     cutout: int = 0
     # Share of the training images that lose a rectangle (Zhong et al., arXiv:1708.04896).
@@ -292,6 +295,8 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
         problems.append(f"auto_augment {run.auto_augment!r} needs crop 'resized' and image_size")
     if run.eval_resize is not None and run.eval_resize < (run.image_size or math.inf):
         problems.append(f"eval_resize must be at least image_size, {run.image_size}")
+    if run.alternating_flip and not run.horizontal_flip:
+        problems.append("alternating_flip needs horizontal_flip")
     if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
         problems.append("nesterov needs momentum above 0")
     problems += _model_problems(run)

@@ -33,7 +33,7 @@ REPLACED = {
         "decay_bn_and_bias",
         "clip_norm",
     ),
-    "augment": ("crop_padding", "horizontal_flip", "cutout"),
+    "augment": ("crop_padding", "horizontal_flip", "alternating_flip", "cutout"),
 }
 
 

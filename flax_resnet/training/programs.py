@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, erase, mix, normalize
-from flax_resnet.data.augment import normalize_values
+from flax_resnet.data.augment import flip_in_turn, normalize_values
 from flax_resnet.training.mesh import by_example, platform, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
@@ -72,15 +72,16 @@ def make_augment(
         epoch_key = jax.random.fold_in(key, epoch)
         if plan.augment is not None:
             return plan.augment(jnp.asarray(images), _key_of_each(epoch_key, index))
-        return augment(
+        images = augment(
             images,
             index,
             epoch_key,
             crop_padding=config.crop_padding if config.crop == "padded" else 0,
-            flip=config.horizontal_flip,
+            flip=config.horizontal_flip and not config.alternating_flip,
             cutout=config.cutout,
             fill=plan.data.mean,
         )
+        return flip_in_turn(images, index, key, epoch) if config.alternating_flip else images
 
     return in_epoch
 

@@ -417,6 +417,15 @@ def test_fields_that_make_no_sense_are_refused(fields, message):
         jax.eval_shape(partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+def test_the_least_that_fields_may_be():
+    x = jnp.zeros((1, 8, 8, 3))
+    model = small(block=fr.Bottleneck, width_per_group=8, output_stride=1)
+    variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+    chex.assert_shape(variables["params"]["layer1_0"]["conv2"]["kernel"], (3, 3, 1, 1))
+    features = jax.eval_shape(partial(model.apply, train=False, features=True), variables, x)
+    chex.assert_shape(features["layer2"], (1, 8, 8, 64))
+
+
 def test_splits_divide_the_batch():
     model = small(bn_splits=3)
     x = jnp.zeros((4, 8, 8, 3))

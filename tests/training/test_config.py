@@ -109,6 +109,11 @@ def test_bad_value(key, value, message):
         check_config(config)
 
 
+def test_flips_alternate_only_where_there_are_flips():
+    with pytest.raises(fr.InputError, match="alternating_flip needs horizontal_flip"):
+        check_config({"alternating_flip": True, "horizontal_flip": False})
+
+
 def test_all_problems_are_named_at_once():
     config = default_config().to_dict()
     config |= {"learnng_rate": 0.1, "batch_size": 0, "model": "resnet19"}

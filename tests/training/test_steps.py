@@ -338,6 +338,29 @@ def test_cutout_hides_pixels_behind_the_mean(rng):
     np.testing.assert_array_equal(colours, np.round(255 * np.array([plan.data.mean])))
 
 
+def test_parts_of_pictures_are_not_cropped_again(rng):
+    config = Config(crop="resized", image_size=8, horizontal_flip=False)
+    dataset = random_dataset(rng, count=20)
+    out = programs.make_augment(planned(config, dataset))(dataset.images, np.arange(20), 0)
+    np.testing.assert_array_equal(out, dataset.images)
+
+
+def test_flips_alternate_from_epoch_to_epoch(rng):
+    config = Config(crop_padding=0, alternating_flip=True)
+    dataset = random_dataset(rng, count=200)
+    images, index = dataset.images, np.arange(200)
+    augment = programs.make_augment(planned(config, dataset))
+    first, second, third = (np.asarray(augment(images, index, epoch)) for epoch in range(3))
+    is_mirrored = (first == images[:, :, ::-1]).all((1, 2, 3))
+    assert 70 < is_mirrored.sum() < 130  # outside once in 40,000
+    expected = np.where(is_mirrored[:, None, None, None], images[:, :, ::-1], images)
+    np.testing.assert_array_equal(first, expected)
+    np.testing.assert_array_equal(second, expected[:, :, ::-1])
+    np.testing.assert_array_equal(third, first)
+    some = rng.permutation(200)[:8]
+    np.testing.assert_array_equal(augment(images[some], some, 0), first[some])
+
+
 @pytest.mark.parametrize(("count", "batch_size", "devices"), [(40, 16, 1), (41, 8, 8), (5, 64, 2)])
 def test_evaluation_counts_every_example_once(rng, count, batch_size, devices):
     dataset = random_dataset(rng, count)
