@@ -196,18 +196,23 @@ def test_adamw_and_clipping_are_those_of_torch(rng, name, clip_norm):
         np.testing.assert_allclose(ours[key], v.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_lars_is_that_of_its_paper(rng):
-    """You et al., arXiv:1708.03888, algorithm 1; without rates of its own for biases."""
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_is_that_of_its_paper(rng, nesterov):
+    """You et al., arXiv:1708.03888, algorithm 1; without rates of its own for biases.
+
+    With nesterov a step looks ahead, as in torch.optim.SGD.
+    """
     initial, gradients = drawn(rng)
-    config = Config(optimizer="lars", learning_rate=2.0, weight_decay=0.1, nesterov=False)
+    config = Config(optimizer="lars", learning_rate=2.0, weight_decay=0.1, nesterov=nesterov)
     w, v = initial["kernel"], 0.0
     b, u = initial["bias"], 0.0
     for gradient in gradients:
         g = gradient["kernel"] + 0.1 * w
         local = 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
-        v = 0.9 * v + 2.0 * local * g
-        u = 0.9 * u + 2.0 * (gradient["bias"] + 0.1 * b)
-        w, b = w - v, b - u
+        change, change_b = 2.0 * local * g, 2.0 * (gradient["bias"] + 0.1 * b)
+        v, u = 0.9 * v + change, 0.9 * u + change_b
+        w = w - (change + 0.9 * v if nesterov else v)
+        b = b - (change_b + 0.9 * u if nesterov else u)
     ours = updated(config, initial, gradients)
     np.testing.assert_allclose(ours["kernel"], w, rtol=1e-4)
     np.testing.assert_allclose(ours["bias"], b, rtol=1e-4)
