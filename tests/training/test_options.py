@@ -221,6 +221,13 @@ def test_steps_are_logged(undisturbed, options):
             "learning_rate",
             "images_per_second",
         }
+    # Of the epoch so far: the seconds that belong to the speed grow to those of the epoch.
+    for record in read_metrics(folder):
+        of_epoch = [line for line in lines if line["epoch"] == record["epoch"]]
+        images = [(line["step"] - 1) % 8 + 1 for line in of_epoch]
+        speeds = [line["images_per_second"] / options["batch_size"] for line in of_epoch]
+        seconds = np.divide(images, speeds)
+        assert (np.diff([0, *seconds, record["seconds"]]) >= 0).all()
     # The last epoch has steps 17 to 24, and so the means of steps 17 and 18, 19 to 21, 22 to 24.
     losses = [line["loss"] for line in lines[-3:]]
     mean = np.dot([2, 3, 3], losses) / 8
