@@ -26,6 +26,7 @@ from flax_resnet.training import (
     update_ema,
 )
 from flax_resnet.training.config import Config
+from flax_resnet.training.history import History
 from tests.training.plans import MODEL, planned
 from tests.training.test_train import (
     changed,
@@ -234,6 +235,15 @@ def test_steps_are_logged(undisturbed, options):
     assert read_metrics(folder)[-1]["train_loss"] == pytest.approx(mean, rel=1e-6)
     shown = [(event.step, event.value) for event in read_events(folder).Scalars("step/loss")]
     np.testing.assert_allclose(shown, [(line["step"], line["loss"]) for line in lines], rtol=1e-6)
+
+
+def test_an_epoch_begins_with_nothing_of_the_one_before():
+    history = History()
+    history.add_steps(dict.fromkeys(("loss", "accuracy", "gradient_norm"), np.ones(2)))
+    history.seconds = 7.0
+    history.end_epoch({"epoch": 1})
+    assert history == History([{"epoch": 1}], [], [], [], seconds=0.0, rollbacks=0)
+    assert History() == History([], [], [], [], seconds=0.0, rollbacks=0)
 
 
 def test_lines_beyond_the_checkpoint_are_taken_back(options, tmp_path, monkeypatch, undisturbed):
