@@ -230,15 +230,13 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("feed", "next_feed"), [("resident", "stream"), ("stream", "resident")])
-def test_a_run_goes_on_with_the_other_feed(
-    feed, next_feed, finished, config, tmp_path, monkeypatch
-):
-    before, after = (
-        changed(config, data_feed=name, stream_workers=0) for name in (feed, next_feed)
+def test_a_run_goes_on_with_the_other_feed(finished, config, tmp_path, monkeypatch):
+    resident, streamed = (
+        changed(config, data_feed=name, stream_workers=0) for name in ("resident", "stream")
     )
-    train_until(11, before, tmp_path, monkeypatch)
-    state = fr.train(after, tmp_path)
+    train_until(11, resident, tmp_path, monkeypatch)
+    train_until(21, streamed, tmp_path, monkeypatch)
+    state = fr.train(resident, tmp_path)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(finished[1]))
 
 
@@ -288,24 +286,6 @@ def test_stopped_run_goes_on_to_the_same_bits(finished, config, tmp_path, monkey
     assert steps_kept(tmp_path)[-1] == steps_kept(folder)[-1]
 
 
-@pytest.mark.slow
-def test_another_number_of_devices_goes_on_with_the_same_batches(
-    config, tmp_path, monkeypatch, eight_devices
-):
-    # A small learning rate: rounding, which differs, does not grow.
-    config = changed(config, learning_rate=0.005, num_epochs=2)
-    fr.train(config, tmp_path / "eight")
-    train_until(5, config, tmp_path / "two", monkeypatch)
-    make_mesh = partial(mesh.make_mesh, devices=jax.devices()[:2])
-    monkeypatch.setattr(plan, "make_mesh", make_mesh)
-    fr.train(config, tmp_path / "two")
-    losses = [
-        [(record["train_loss"], record["test_loss"]) for record in read_metrics(tmp_path / name)]
-        for name in ("two", "eight")
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
-
-
 def test_weights_and_batches_are_those_of_the_seed(config, tmp_path):
     """Without augmentation and learning the epoch's mean is over the order's examples."""
     still = changed(config, seed=3, num_steps=1, crop_padding=0, learning_rate=1e-9)
@@ -344,11 +324,16 @@ def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
         assert record["images_per_second"] * record["seconds"] > 256
 
 
+# Few shapes, each of which is compiled.
+SCANNED = {"layers": (1, 3), "widths": (16, 16), "strides": (1, 2)}
+SCANNED |= {"scan_blocks": True, "stochastic_depth": 0.2}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_fields": {"layers": (1, 1, 3), "scan_blocks": True, "stochastic_depth": 0.2}},
+        {"model_fields": SCANNED},
         {"model": "vgg11", "model_fields": {"widths": (8,) * 5, "hidden": 16}},
     ],
     ids=["scanned blocks", "vgg"],
@@ -362,17 +347,28 @@ def test_other_nets_stop_and_go_on_to_the_same_bits(config, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_eight_devices_stop_and_go_on_to_the_same_bits(
-    config, tmp_path, monkeypatch, eight_devices
-):
-    config = changed(config, num_steps=6, learning_rate=0.01, warmup_epochs=0.0)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+def test_eight_devices_stop_and_eight_or_two_go_on(config, tmp_path, monkeypatch, eight_devices):
+    """Eight to the same bits, two with the same batches."""
+    # A small learning rate: rounding, which differs, does not grow.
+    config = changed(config, learning_rate=0.005, num_steps=10)
+    whole, stopped, two = tmp_path / "whole", tmp_path / "stopped", tmp_path / "two"
     expected = fr.train(config, whole)
     assert len(expected.step.sharding.device_set) == 8
-    train_until(4, config, stopped, monkeypatch)
+    train_until(5, config, stopped, monkeypatch)
+    shutil.copytree(stopped, two)
     state = fr.train(changed(config, data_feed="stream", stream_workers=0), stopped)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
     assert without_timing(read_metrics(stopped)) == without_timing(read_metrics(whole))
+
+    make_mesh = partial(mesh.make_mesh, devices=jax.devices()[:2])
+    monkeypatch.setattr(plan, "make_mesh", make_mesh)
+    state = fr.train(config, two)
+    assert len(state.step.sharding.device_set) == 2
+    losses = [
+        [(record["train_loss"], record["test_loss"]) for record in read_metrics(folder)]
+        for folder in (two, whole)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def reversed_formats(state, devices):
