@@ -555,14 +555,21 @@ def poison(monkeypatch, step, rollbacks_before_health, what="loss"):
     monkeypatch.setattr(programs, "make_train_step", make_poisoned)
 
 
-def test_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+@pytest.fixture
+def config_of_two_blocks(config):
+    """A poisoned step is compiled for its test alone: of a net smaller than the others'."""
+    small = {"layers": (1, 1), "widths": (16, 16), "strides": (1, 2)}
+    return changed(config, model_fields=small)
+
+
+def test_loss_that_is_not_finite_stops_the_run(config_of_two_blocks, tmp_path, monkeypatch):
     poison(monkeypatch, 19, 1)
     with pytest.raises(
         FloatingPointError,
         match=r"the loss is nan after step 19, in epoch 3, with a learning rate of 0\.0.*; "
         r"the last good checkpoint is .*/checkpoints/16",
     ):
-        fr.train(config, tmp_path)
+        fr.train(config_of_two_blocks, tmp_path)
 
 
 def test_rollback_goes_on_with_other_batches(finished, config, tmp_path, monkeypatch, capsys):
@@ -578,10 +585,10 @@ def test_rollback_goes_on_with_other_batches(finished, config, tmp_path, monkeyp
     assert run["rollbacks"] == 2
 
 
-def test_gradient_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
+def test_gradient_that_is_not_finite_stops_the_run(config_of_two_blocks, tmp_path, monkeypatch):
     poison(monkeypatch, 3, 1, what="gradient_norm")
     with pytest.raises(FloatingPointError, match="the gradient norm is nan after step 3, in epo"):
-        fr.train(config, tmp_path)
+        fr.train(config_of_two_blocks, tmp_path)
 
 
 def test_test_loss_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch):
@@ -605,15 +612,15 @@ def test_other_batches_after_a_rollback():
 
 
 @pytest.mark.slow
-def test_rollbacks_come_to_an_end(config, tmp_path, monkeypatch, capsys):
+def test_rollbacks_come_to_an_end(config_of_two_blocks, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, 3, 99)
     monkeypatch.setattr(launch, "_MAX_ROLLBACKS", 1)
     with pytest.raises(FloatingPointError, match="there is no checkpoint before it"):
-        fr.train(changed(config, on_nan="rollback"), tmp_path)
+        fr.train(changed(config_of_two_blocks, on_nan="rollback"), tmp_path)
     assert capsys.readouterr().err.count("going back") == 1
 
 
-def test_state_that_is_not_finite_is_not_kept(config, tmp_path, monkeypatch):
+def test_state_that_is_not_finite_is_not_kept(config_of_two_blocks, tmp_path, monkeypatch):
     make_train_step = programs.make_train_step
 
     def make_poisoned(*arguments):
@@ -632,7 +639,7 @@ def test_state_that_is_not_finite_is_not_kept(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr(programs, "make_train_step", make_poisoned)
     with pytest.raises(FloatingPointError, match=r"not finite after step 16, .*/checkpoints/8"):
-        fr.train(config, tmp_path)
+        fr.train(config_of_two_blocks, tmp_path)
     assert steps_kept(tmp_path) == [8]
 
 
