@@ -27,6 +27,7 @@ def test_it_runs(tmp_path, digits_dir, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("QUICK", "1")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # for so few steps
     monkeypatch.setenv("TFDS_DATA_DIR", str(digits_dir))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -104,17 +104,19 @@ def folder(tmp_path_factory):
     return folder
 
 
+# So little is computed that it does not pay to optimise it.
+FASTER = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+
+
 def run(command, folder, data_dir, *, overrides=""):
     """Runs a shell command, training for less long with these overrides."""
     command = re.sub(r"(python train[.]py(?:\\\n|.)*)", rf"\1 {overrides}", command)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"PATH": path, "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(data_dir)}
-    if overrides:  # so few steps that it does not pay to optimise them
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     result = subprocess.run(
         ["bash", "-euc", command],
         cwd=folder,
-        env=os.environ | environment,
+        env=os.environ | FASTER | environment,
         capture_output=True,
         text=True,
     )
@@ -156,7 +158,8 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (folder / "serve.py").write_text(server.replace("8000", str(port)))
-    with subprocess.Popen([sys.executable, "serve.py"], cwd=folder) as serving:
+    environment = os.environ | FASTER
+    with subprocess.Popen([sys.executable, "serve.py"], cwd=folder, env=environment) as serving:
         picture = (folder / "digit.png").read_bytes()
         answer = ""
         for _ in range(60):
