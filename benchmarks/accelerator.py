@@ -129,6 +129,7 @@ def smoke_stages(output: Path) -> list[Stage]:
                 "--nets=cifar_resnet8",
                 "--batch_sizes=8",
                 "--rounds=1",
+                "--seconds=0.1",
                 "--variants=eager",
             ),
         ),

@@ -217,17 +217,25 @@ def flops(net: str, image_size: int = 32) -> int:
 
 
 def measure(
-    net: str, batch_size: int, image_size: int, rounds: int, variants: Sequence[str], on_gpu: bool
+    net: str,
+    batch_size: int,
+    image_size: int,
+    rounds: int,
+    variants: Sequence[str],
+    seconds_a_time: float,
+    on_gpu: bool,
 ) -> None:
     """Prints a line of the table for each setting of the allocator."""
     best = best_variant(
         net, batch_size, keep_memory=not on_gpu, variants=variants, image_size=image_size
     )
     product_flops = 2 * (size := 8192 if on_gpu else 2048) ** 3
-    matmul = Worker(prepare_matmul, size, keep_memory=False, seconds=1.0)
+    matmul = Worker(prepare_matmul, size, keep_memory=False, seconds=seconds_a_time / 3)
     settings = (False,) if on_gpu else (False, True)
     workers = {
-        (side, kept): Worker(prepare, net, batch_size, *arguments, keep_memory=kept)
+        (side, kept): Worker(
+            prepare, net, batch_size, *arguments, keep_memory=kept, seconds=seconds_a_time
+        )
         for kept in settings
         for side, prepare, arguments in (
             ("ours", prepare_ours, (image_size,)),
@@ -263,6 +271,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[128])
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a measurement, about")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="of PyTorch")
     arguments = parser.parse_args()
 
@@ -278,6 +287,7 @@ def main() -> None:
                 arguments.image_size,
                 arguments.rounds,
                 arguments.variants,
+                arguments.seconds,
                 torch.cuda.is_available(),
             )
 
