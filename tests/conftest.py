@@ -86,6 +86,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:  # whose folders are beside each other
         folder = folder.parent
+    folder = Path(os.environ.get("TEST_CACHES", folder))  # that of several runs of pytest
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
