@@ -27,12 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import torch
-
 import train_step
 from speedrun import torch_accuracy, torch_optimizer
 
 import flax_resnet as fr
-from flax_resnet.data import epoch_order
+from flax_resnet.data import Dataset, epoch_order
 from flax_resnet.data.augment import normalize_values
 from flax_resnet.training.config import check_config
 from flax_resnet.training.own import Own
@@ -58,9 +57,12 @@ def theirs(run: Path, folder: Path) -> float:
         return json.loads(result.read_text())
     config = check_config(json.loads((run / "config.json").read_text()))
     assert config.optimizer == "sgd"
-    assert not (config.mixup or config.cutmix or config.random_erasing or config.ema_decay)
+    others = (config.mixup, config.cutmix, config.random_erasing, config.ema_decay)
+    assert not any(others)
     plan = make_plan(config, run, Own())
     train, test = plan.data.train, plan.data.test
+    assert isinstance(train, Dataset)
+    assert plan.learning_rate
     augment = make_augment(plan)
 
     @jax.jit
