@@ -489,6 +489,17 @@ def test_checkpoint_is_due_after_its_minutes(config, tmp_path, monkeypatch):
         assert checkpoints.is_due()
 
 
+def test_hosts_agree_after_every_so_many_calls_that_a_checkpoint_is_due(
+    config, tmp_path, monkeypatch
+):
+    run = check_config(config)
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, run)) as checkpoints:
+        monkeypatch.setattr(checkpoint.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(checkpoint.hosts, "from_first_host", lambda due: not due)
+        calls = [checkpoints.is_due() for _ in range(64)]
+    assert calls == 2 * [*31 * [False], True]  # as the first says, and not this one's clock
+
+
 def test_data_may_move_but_not_change(finished, config, digits_dir, tmp_path):
     folder, _ = finished
     copy, data = tmp_path / "run", tmp_path / "data"
