@@ -1,11 +1,18 @@
 """The optimizer of a config and its learning rate, with the meaning that PyTorch gives them."""
 
+from functools import partial
+
+import jax
 import optax
+import optax.contrib
 from flax.traverse_util import path_aware_map
 
 from flax_resnet.errors import InputError
 from flax_resnet.models.freezing import is_frozen
 from flax_resnet.training.config import Config
+
+# The learning rate of what muon does not take, as a share of its own.
+_ADAMW_OF_MUON = 0.05
 
 
 def learning_rate_schedule(
@@ -61,6 +68,8 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
     adamw: torch.optim.AdamW: weight decay, times the learning rate, is taken off apart.
     lars, lamb: the rate of each array by its norm; lars takes BatchNorm's arrays and biases as
     sgd does.
+    muon: the kernels of convolutions, [H, W, CI, CO], as matrices [H * W * CI, CO], get the
+    nearest orthogonal matrix to their momentum; weight decay as in adamw, which takes all others.
     """
     decay, decayed = config.weight_decay, None if config.decay_bn_and_bias else _kernels
     momentum, nesterov = config.momentum or None, config.nesterov
@@ -83,6 +92,21 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
             )
         case "lamb":
             optimizer = optax.lamb(learning_rate, weight_decay=decay, mask=decayed)
+        case "muon":
+            muon = optax.contrib.muon(
+                learning_rate,
+                beta=config.momentum,
+                nesterov=nesterov,
+                weight_decay=decay,
+                muon_weight_dimension_numbers=_as_matrices,
+            )
+            adamw = optax.adamw(
+                lambda step: _ADAMW_OF_MUON * learning_rate(step), weight_decay=decay, mask=decayed
+            )
+            optimizer = optax.multi_transform(
+                {"muon": muon, "adamw": adamw},
+                partial(jax.tree.map, lambda leaf: "muon" if leaf.ndim > 3 else "adamw"),
+            )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if not config.freeze:
@@ -95,6 +119,16 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
         return path_aware_map(label, params)
 
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _as_matrices(kernels):
+    """Which axes are those of the inputs, and which that of the outputs, of each kernel."""
+
+    def axes(kernel):
+        *_, height, width, inputs, outputs = range(kernel.ndim)
+        return optax.contrib.MuonDimensionNumbers((height, width, inputs), (outputs,))
+
+    return jax.tree.map(axes, kernels)
 
 
 def _kernels(params):

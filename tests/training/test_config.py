@@ -54,6 +54,7 @@ FACTS = {
                        "weight_decay": 1e-4, "momentum": 0.9, "nesterov": False},
     "cifar_resnet20_quick": {"model": "cifar_resnet20", "num_epochs": 5, "schedule": "onecycle"},
     "cifar_speedrun": {"model": "cifar_resnet9", "schedule": "onecycle"},
+    "cifar_speedrun_gpu": {"model": "cifar_resnet9", "optimizer": "muon"},
     "lab10_resnet50": {"model": "lab10_resnet50", "batch_size": 256, "horizontal_flip": False,
                        "num_epochs": 20, "learning_rate": 0.1, "momentum": 0.9,
                        "weight_decay": 5e-4, "schedule": "cosine"},

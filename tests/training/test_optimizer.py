@@ -234,7 +234,43 @@ def test_lamb_is_that_of_its_paper(rng):
         np.testing.assert_allclose(ours[name], x, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+@pytest.mark.parametrize("shape", [(3, 3, 2, 4), (1, 1, 2, 5), (4, 1, 1, 3, 2)])
+def test_muon_is_that_of_its_author(rng, shape):
+    """K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024.
+
+    In float64 by singular values; momentum is corrected for its start, as Adam's. The last shape
+    is of four kernels on top of each other.
+    """
+    initial = {"kernel": rng.normal(size=shape), "bias": rng.normal(size=4)}
+    gradients = [{name: rng.normal(size=v.shape) for name, v in initial.items()} for _ in range(3)]
+    config = Config(
+        optimizer="muon",
+        learning_rate=0.2,
+        momentum=0.6,
+        weight_decay=0.1,
+        decay_bn_and_bias=False,
+    )
+    matrices = initial["kernel"].reshape(-1, np.prod(shape[-4:-1]), shape[-1])
+    momentum = 0.0
+    for t, gradient in enumerate(gradients, 1):
+        g = gradient["kernel"].reshape(matrices.shape)
+        momentum = 0.6 * momentum + 0.4 * g
+        ahead = 0.6 * momentum / (1 - 0.6 ** (t + 1)) + 0.4 * g / (1 - 0.6**t)
+        left, values, right = np.linalg.svd(ahead, full_matrices=False)
+        values /= np.linalg.norm(ahead, axis=(1, 2))[:, None]
+        for _ in range(5):  # Newton and Schulz
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        length = max(1, shape[-1] / matrices.shape[1]) ** 0.5
+        matrices = matrices - 0.2 * (length * left * values[:, None] @ right + 0.1 * matrices)
+    ours = updated(config, initial, gradients)
+    np.testing.assert_allclose(ours["kernel"], matrices.reshape(shape), rtol=1e-3, atol=1e-4)
+    others = Config(optimizer="adamw", learning_rate=0.01, weight_decay=0.0)
+    alone = [{"bias": gradient["bias"]} for gradient in gradients]
+    expected = updated(others, {"bias": initial["bias"]}, alone)
+    np.testing.assert_allclose(ours["bias"], expected["bias"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb", "muon"])
 def test_every_optimizer_leaves_what_is_frozen(rng, name):
     initial, gradients = drawn(rng)
     config = Config(optimizer=name, freeze=("conv1",), clip_norm=1.0)
