@@ -99,6 +99,7 @@ def stages(output: Path, card: str | None) -> list[Stage]:
             2,
             ("benchmarks/speedrun.py", "--rounds=1", f"--workdir={output / 'runs' / 'speedrun'}"),
         ),
+        Stage("speedrun_gpu", 1, run_of("cifar_speedrun_gpu", "speedrun_gpu", output)),
         Stage("lab10", 5, run_of("lab10_resnet50", "lab10", output)),
         *(
             Stage(
