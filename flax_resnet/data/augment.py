@@ -44,9 +44,8 @@ def augment(
       Images of the same shape and dtype.
     """
     images, index = jnp.asarray(images), jnp.asarray(index)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
     # One draw of 32 bits for each decision: row, column, side; row and column of the square.
-    draws = jax.vmap(partial(jax.random.bits, shape=(5 if cutout else 3,)))(keys).T
+    draws = _draws_of_each(key, index, 5 if cutout else 3)
     row, column, side = draws[:3]
     if crop_padding:
         places = 2 * crop_padding + 1
@@ -59,7 +58,7 @@ def augment(
             jax.lax.platform_dependent(images, *start, tpu=by_choice, default=by_slices)
         )
     if flip:
-        images = jnp.where((side % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
+        images = _mirror_odd(images, side)
     if cutout:
         hide = partial(_hide_square, side=cutout, colour=jnp.round(255 * jnp.float32(fill)))
         height, width = images.shape[1:3]
@@ -88,9 +87,19 @@ def flip_in_turn(
     Returns:
       Images of the same shape and dtype.
     """
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
-    turn = jax.vmap(jax.random.bits)(keys) + jnp.asarray(epoch, jnp.uint32)
-    return jnp.where((turn % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
+    (side,) = _draws_of_each(key, jnp.asarray(index), 1)
+    return _mirror_odd(images, side + jnp.asarray(epoch, jnp.uint32))
+
+
+def _draws_of_each(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
+    """uint32 [count, N], so many for each place in the data set."""
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
+    return jax.vmap(partial(jax.random.bits, shape=(count,)))(keys).T
+
+
+def _mirror_odd(images: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Images [N, H, W, C], mirrored left to right where the number, of [N], is odd."""
+    return jnp.where((numbers % 2 == 0)[:, None, None, None], images, images[:, :, ::-1])
 
 
 # Images [N, H, W, C] from (row, column) on, [N] each, after padding with zeros on every side.
