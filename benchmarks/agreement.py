@@ -16,18 +16,16 @@ the optimizer "sgd", without mixing of images.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 import torch
 import train_step
+from results import interval
 from speedrun import torch_accuracy, torch_optimizer
 
 import flax_resnet as fr
@@ -108,16 +106,6 @@ def theirs(run: Path, folder: Path) -> float:
     return accuracy
 
 
-def interval(differences: list[float]) -> str:
-    """Mean of the differences and its 95% interval, in points of accuracy."""
-    mean = statistics.mean(differences)
-    if len(differences) == 1:
-        return f"{100 * mean:+.2f} points, one seed"
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    half = float(scipy.stats.t.ppf(0.975, len(differences) - 1)) * error
-    return f"{100 * mean:+.2f} ± {100 * half:.2f} points"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="What a recipe reaches, ours and PyTorch's, on the same batches.",
@@ -128,17 +116,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options, rest = parser.parse_known_args()
     print("| seed | ours | PyTorch |\n|---|---|---|", flush=True)
-    rows: list[Any] = []
+    pairs = []
     for seed in options.seeds:
         run = options.workdir / f"ours-{seed}"
-        rows.append(
-            (
-                ours(run, [*rest, f"--config.seed={seed}"]),
-                theirs(run, options.workdir / f"torch-{seed}"),
-            )
-        )
-        print(f"| {seed} | {rows[-1][0]:.2%} | {rows[-1][1]:.2%} |", flush=True)
-    print(f"ours - PyTorch: {interval([one - other for one, other in rows])}")
+        one = ours(run, [*rest, f"--config.seed={seed}"])
+        other = theirs(run, options.workdir / f"torch-{seed}")
+        print(f"| {seed} | {one:.2%} | {other:.2%} |", flush=True)
+        pairs.append((one, other))
+    print(f"ours - PyTorch: {interval(pairs)} points")
 
 
 if __name__ == "__main__":

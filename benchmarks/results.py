@@ -4,19 +4,24 @@
     python benchmarks/results.py --add runs/mine quick-0 --data 'CIFAR-10 (JPEG)' \
         --command 'python train.py --config configs/cifar_resnet20_quick.py' --commit 1a2b3c4
 
-A run is two files: NAME.jsonl, its metrics.jsonl, and NAME.json, what else a row tells.
+A run is two files: NAME.jsonl, its metrics.jsonl, and NAME.json, what else a row tells. The
+folder of benchmarks/agreement.py becomes one file, agreement/NAME.json.
 Runs of one command, the seed left out, on one data set and of one commit are one row: mean
 and standard deviation (n - 1). The last epoch counts, on the whole test split, without
 test-time augmentation.
 """
 
 import argparse
+import importlib.metadata
 import json
 import re
 import shutil
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import scipy.stats
 
 import flax_resnet as fr
 from flax_resnet.lesson.figures import CURVES, draw_curves
@@ -24,6 +29,7 @@ from flax_resnet.training.writers import plot_curves
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _FOLDER = _DOCS / "results"
+_AGREEMENT = _FOLDER / "agreement"
 _SEED = re.compile(r" --config\.seed=\d+")
 
 
@@ -48,19 +54,38 @@ def main() -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    """Copies the metrics of a run, and writes what else a row tells, or is to be known."""
-    folder, name = options.add
-    run = fr.load_run(folder, "newest")
-    shutil.copy(Path(folder) / "metrics.jsonl", _FOLDER / f"{name}.jsonl")
+    """Keeps the metrics of a run, or the pairs of an agreement, and what else a row tells."""
+    folder, name = Path(options.add[0]), options.add[1]
+    pairs = read_pairs(folder)
+    newest = folder / f"ours-{min(pairs)}" if pairs else folder
+    run = fr.load_run(newest, "newest")
     description = {
         "command": options.command,
         "commit": options.commit,
         "data": options.data,
         "note": options.note,
         "hardware": {key: run.hardware[key] for key in ("devices", "cpu", "memory")},
-        "versions": run.versions,
+        "versions": dict(run.versions),
     }
-    (_FOLDER / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
+    if pairs:
+        description["versions"] |= {"torch": importlib.metadata.version("torch")}
+        description |= {"epochs": run.records[-1]["epoch"], "pairs": pairs}
+        _AGREEMENT.mkdir(exist_ok=True)
+        path = _AGREEMENT / f"{name}.json"
+    else:
+        shutil.copy(folder / "metrics.jsonl", _FOLDER / f"{name}.jsonl")
+        path = _FOLDER / f"{name}.json"
+    path.write_text(json.dumps(description, indent=2) + "\n")
+
+
+def read_pairs(folder: Path) -> dict[str, list[float]]:
+    """By seed, the last test accuracies of ours and PyTorch's in agreement.py's folder."""
+    pairs = {}
+    for path in sorted(folder.glob("torch-*/accuracy.json")):
+        seed = path.parent.name.removeprefix("torch-")
+        last = (folder / f"ours-{seed}" / "metrics.jsonl").read_text().splitlines()[-1]
+        pairs[seed] = [json.loads(last)["test_accuracy"], json.loads(path.read_text())]
+    return pairs
 
 
 def read_runs() -> dict[str, dict[str, Any]]:
@@ -79,7 +104,41 @@ def with_tables(page: str, runs: dict[str, dict[str, Any]]) -> str:
         names = [name for name in runs if re.fullmatch(match[1], name)]
         return f"<!-- runs: {match[1]} -->\n\n{rows({n: runs[n] for n in names})}\n<!-- end -->"
 
-    return re.sub(r"<!-- runs: (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+    page = re.sub(r"<!-- runs: (\S+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+    agreement = f"<!-- agreement -->\n\n{agreement_rows()}\n<!-- end -->"
+    return re.sub(r"<!-- agreement -->.*?<!-- end -->", agreement, page, flags=re.DOTALL)
+
+
+def agreement_rows() -> str:
+    """A table in Markdown, with a row for every file of agreement/."""
+    lines = [
+        "| recipe | data | epochs | ours | PyTorch | ours - PyTorch | seeds | commit | pairs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(_AGREEMENT.glob("*.json")):
+        run = json.loads(path.read_text())
+        words = run["command"].removeprefix("python benchmarks/agreement.py --config configs/")
+        means = [
+            f"{100 * statistics.mean(side):.2f}%"
+            for side in zip(*run["pairs"].values(), strict=True)
+        ]
+        lines.append(
+            f"| {' '.join(f'`{word}`' for word in words.split())} | {run['data']} "
+            f"| {run['epochs']} | {' | '.join(means)} | {interval(run['pairs'].values())} "
+            f"| {len(run['pairs'])} | {run['commit']} "
+            f"| [{path.stem}](results/agreement/{path.name}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def interval(pairs: Iterable[Sequence[float]]) -> str:
+    """Mean difference of pairs of accuracies, in points, and its 95% interval (Student's t)."""
+    differences = [100 * (one - other) for one, other in pairs]
+    mean = statistics.mean(differences)
+    if len(differences) == 1:
+        return f"{mean:+.2f}"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{mean:+.2f} ± {scipy.stats.t.ppf(0.975, len(differences) - 1) * error:.2f}"
 
 
 def rows(runs: dict[str, dict[str, Any]]) -> str:
