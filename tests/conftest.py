@@ -1,6 +1,7 @@
 """Eight CPU devices, a compiler in a hurry, digits that TFDS prepared, a run on them."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -28,6 +29,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of a test's time would be the compiler's. Not so in whole runs, most of which are the same
 # program from JAX's cache, and in programs that the tests start.
 jax.config.update("jax_disable_most_optimizations", True)
+# Tracing makes many objects. To look for cycles among them took a seventh of all time.
+gc.freeze()
+gc.set_threshold(100_000, 50, 1000)
 
 
 @pytest.fixture
