@@ -15,6 +15,7 @@ Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too
 import ast
 import atexit
 import contextlib
+import gc
 import importlib.util
 import os
 import re
@@ -33,6 +34,7 @@ def end_by_signal(number: int, *_: object) -> NoReturn:
 
 
 if __name__ == "__main__":  # before the imports that take a while
+    gc.disable()  # all that they make stays
     signal.signal(signal.SIGINT, end_by_signal)
     signal.signal(signal.SIGTERM, end_by_signal)
 
@@ -65,6 +67,8 @@ def main(arguments: list[str]) -> None:
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
+    gc.freeze()  # not to be looked through while the run makes its programs
+    gc.enable()
     hush_libraries(logging.FATAL)  # they tell of an error before they raise it
     reuse_memory()
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
