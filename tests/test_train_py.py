@@ -335,7 +335,7 @@ def test_help_names_the_options():
 def test_import_is_light():
     script = (
         "import sys, flax_resnet\n"
-        "heavy = {'tensorflow', 'torch', 'sklearn', 'matplotlib.pyplot'}\n"
+        "heavy = {'tensorflow', 'torch', 'sklearn', 'matplotlib', 'scipy', 'grain'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     result = subprocess.run(

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
-from scipy.special import betaincinv
 
 _QUANTILES = 4096
 
@@ -69,6 +68,8 @@ def _beta_quantile(alpha, uniform):
 
     jax.random.beta tries until all images have one: a loop in which devices wait for each other.
     """
+    from scipy.special import betaincinv  # a fifth of a second of import
+
     table = jnp.float32(betaincinv(alpha, alpha, np.linspace(0, 1, _QUANTILES + 1)))
     place = uniform * _QUANTILES
     below = jnp.int32(place)

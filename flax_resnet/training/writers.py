@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -141,6 +139,9 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     """Draws loss and accuracy of training and test by epoch, if there is any."""
     if not records:
         return
+    import matplotlib.figure  # with ticker a third of a second
+    import matplotlib.ticker
+
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for split in ("train", "test"):
