@@ -50,7 +50,8 @@ def main() -> None:
     page.write_text(with_tables(page.read_text(), runs))
     if all(name in runs for name in CURVES):
         draw_curves({n: runs[n]["records"] for n in CURVES}, _DOCS / "lesson" / "curves.png")
-    plot_curves(runs["lab10_resnet50"]["records"], _FOLDER / "lab10_resnet50.png")
+    for name in ("lab10_resnet50", "lab10_resnet50_cosine"):
+        plot_curves(runs[name]["records"], _FOLDER / f"{name}.png")
 
 
 def add(options: argparse.Namespace) -> None:
