@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import train_step
-from results import interval
+from results import interval, last_accuracy
 from speedrun import torch_accuracy, torch_optimizer
 
 import flax_resnet as fr
@@ -44,8 +44,7 @@ def ours(workdir: Path, arguments: list[str]) -> float:
     """Test accuracy of a run of train.py, or of what is left of it."""
     command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *arguments]
     subprocess.run(command, check=True)
-    last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
-    return json.loads(last)["test_accuracy"]
+    return last_accuracy(workdir)
 
 
 def theirs(run: Path, folder: Path) -> float:

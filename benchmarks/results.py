@@ -84,9 +84,13 @@ def read_pairs(folder: Path) -> dict[str, list[float]]:
     pairs = {}
     for path in sorted(folder.glob("torch-*/accuracy.json")):
         seed = path.parent.name.removeprefix("torch-")
-        last = (folder / f"ours-{seed}" / "metrics.jsonl").read_text().splitlines()[-1]
-        pairs[seed] = [json.loads(last)["test_accuracy"], json.loads(path.read_text())]
+        pairs[seed] = [last_accuracy(folder / f"ours-{seed}"), json.loads(path.read_text())]
     return pairs
+
+
+def last_accuracy(run: Path) -> float:
+    """Test accuracy of the last epoch in a run's folder."""
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
 
 
 def read_runs() -> dict[str, dict[str, Any]]:
@@ -118,13 +122,13 @@ def agreement_rows() -> str:
     ]
     for path in sorted(_AGREEMENT.glob("*.json")):
         run = json.loads(path.read_text())
-        words = run["command"].removeprefix("python benchmarks/agreement.py --config configs/")
+        command = run["command"].removeprefix("python benchmarks/agreement.py --config configs/")
         means = [
             f"{100 * statistics.mean(side):.2f}%"
             for side in zip(*run["pairs"].values(), strict=True)
         ]
         lines.append(
-            f"| {' '.join(f'`{word}`' for word in words.split())} | {run['data']} "
+            f"| {code_spans(command)} | {run['data']} "
             f"| {run['epochs']} | {' | '.join(means)} | {interval(run['pairs'].values())} "
             f"| {len(run['pairs'])} | {run['commit']} "
             f"| [{path.stem}](results/agreement/{path.name}) |"
@@ -158,13 +162,18 @@ def rows(runs: dict[str, dict[str, Any]]) -> str:
         accuracy = [100 * record["test_accuracy"] for record in last]
         deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(names) > 1 else ""
         files = " ".join(f"[{name.split('-')[-1]}](results/{name}.jsonl)" for name in names)
-        words = command.removeprefix("python train.py --config configs/").split()
+        command = command.removeprefix("python train.py --config configs/")
         lines.append(
-            f"| {' '.join(f'`{word}`' for word in words)} "
+            f"| {code_spans(command)} "
             f"| {data} | {last[0]['epoch']} | {statistics.mean(minutes):.1f} "
             f"| {statistics.mean(accuracy):.2f}{deviation}% | {len(names)} | {commit} | {files} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def code_spans(command: str) -> str:
+    """Each word in its own, between which a narrow table may break the line."""
+    return " ".join(f"`{word}`" for word in command.split())
 
 
 if __name__ == "__main__":
