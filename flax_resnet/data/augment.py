@@ -91,10 +91,14 @@ def flip_in_turn(
     return _mirror_odd(images, side + jnp.asarray(epoch, jnp.uint32))
 
 
+def keys_of_each(key: Key[Array, ""], index: Int[ArrayLike, " n"]) -> Key[Array, " n"]:
+    """Random keys, [N], one for each place in the data set."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
+
+
 def _draws_of_each(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
     """uint32 [count, N], so many for each place in the data set."""
-    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
-    return jax.vmap(partial(jax.random.bits, shape=(count,)))(keys).T
+    return jax.vmap(partial(jax.random.bits, shape=(count,)))(keys_of_each(key, index)).T
 
 
 def _mirror_odd(images: jax.Array, numbers: jax.Array) -> jax.Array:

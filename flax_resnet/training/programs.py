@@ -6,7 +6,6 @@ are those of the global batch unless the config says otherwise.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, erase, mix, normalize
-from flax_resnet.data.augment import flip_in_turn, normalize_values
+from flax_resnet.data.augment import flip_in_turn, keys_of_each, normalize_values
 from flax_resnet.training.mesh import by_example, platform, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
@@ -71,7 +70,7 @@ def make_augment(
     def in_epoch(images, index, epoch):
         epoch_key = jax.random.fold_in(key, epoch)
         if plan.augment is not None:
-            return plan.augment(jnp.asarray(images), _key_of_each(epoch_key, index))
+            return plan.augment(jnp.asarray(images), keys_of_each(epoch_key, index))
         images = augment(
             images,
             index,
@@ -106,13 +105,13 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
         images = normalize_values(images, plan.data.mean, plan.data.std)
         batch = {"image": images, "label": batch["label"]}
         if config.random_erasing:
-            of_each = _key_of_each(jax.random.fold_in(keys.erasing, epoch), index)
+            of_each = keys_of_each(jax.random.fold_in(keys.erasing, epoch), index)
             batch["image"] = erase(batch["image"], of_each, config.random_erasing)
         if config.mixup or config.cutmix:
             image, other_label, share = mix(
                 batch["image"],
                 batch["label"],
-                _key_of_each(jax.random.fold_in(keys.mixing, epoch), index),
+                keys_of_each(jax.random.fold_in(keys.mixing, epoch), index),
                 mixup=config.mixup,
                 cutmix=config.cutmix,
             )
@@ -129,10 +128,6 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
         return update_ema(state, config.ema_decay) if config.ema_decay else state, metrics
 
     return step
-
-
-def _key_of_each(key, index):
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
 
 
 def make_eval_step(plan: Plan) -> EvalStep:
