@@ -10,8 +10,8 @@ of the last epoch, on the whole test split. In the end stands the mean differenc
 interval (Student's t, by pairs of one seed).
 
 Both go on where they were stopped: the folder has a run of ours for each seed, and of PyTorch's
-the newest epoch and what the last one reached. It is for nets of three channels and recipes with
-the optimizer "sgd", without mixing of images.
+the newest epoch and what the last one reached. It is for recipes with the optimizer "sgd",
+without mixing of images.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def theirs(run: Path, folder: Path) -> float:
 
     shape = (1, *train.image_shape)
     variables = plan.model.init(random_keys(config.seed).init, jnp.zeros(shape), train=False)
-    model = train_step.torch_net(config.model, VARIANT, **config.model_fields)
+    channels = train.image_shape[-1]
+    model = train_step.torch_net(config.model, VARIANT, in_channels=channels, **config.model_fields)
     model.load_state_dict(fr.to_torch(plan.model, variables))
     optimizer = torch_optimizer(model, config)
     step = train_step.torch_step(model, optimizer, VARIANT, config.label_smoothing)
