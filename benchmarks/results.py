@@ -50,7 +50,7 @@ def main() -> None:
     page.write_text(with_tables(page.read_text(), runs))
     if all(name in runs for name in CURVES):
         draw_curves({n: runs[n]["records"] for n in CURVES}, _DOCS / "lesson" / "curves.png")
-    for name in ("lab10_resnet50", "lab10_resnet50_cosine"):
+    for name in ("lab10_resnet50_muon", "lab10_resnet50_cosine"):
         plot_curves(runs[name]["records"], _FOLDER / f"{name}.png")
 
 
