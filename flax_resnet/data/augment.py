@@ -43,7 +43,7 @@ def augment(
     Returns:
       Images of the same shape and dtype.
     """
-    images, index = jnp.asarray(images), jnp.asarray(index)
+    images = jnp.asarray(images)
     # One draw of 32 bits for each decision: row, column, side; row and column of the square.
     draws = _draws_of_each(key, index, 5 if cutout else 3)
     row, column, side = draws[:3]
@@ -87,7 +87,7 @@ def flip_in_turn(
     Returns:
       Images of the same shape and dtype.
     """
-    (side,) = _draws_of_each(key, jnp.asarray(index), 1)
+    (side,) = _draws_of_each(key, index, 1)
     return _mirror_odd(images, side + jnp.asarray(epoch, jnp.uint32))
 
 
@@ -96,7 +96,7 @@ def keys_of_each(key: Key[Array, ""], index: Int[ArrayLike, " n"]) -> Key[Array,
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
 
 
-def _draws_of_each(key: jax.Array, index: jax.Array, count: int) -> jax.Array:
+def _draws_of_each(key: jax.Array, index: ArrayLike, count: int) -> jax.Array:
     """uint32 [count, N], so many for each place in the data set."""
     return jax.vmap(partial(jax.random.bits, shape=(count,)))(keys_of_each(key, index)).T
 
