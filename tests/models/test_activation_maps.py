@@ -50,7 +50,12 @@ def torch_maps(twin, last, images, classes, *, exact: bool) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param("BasicBlock", marks=pytest.mark.slow), "PreActBottleneck", "ResNet9", "VGG"],
+    [
+        pytest.param("BasicBlock", marks=pytest.mark.slow),
+        pytest.param("PreActBottleneck", marks=pytest.mark.slow),
+        "ResNet9",
+        "VGG",
+    ],
 )
 def test_maps_are_those_of_torch(name, rng):
     model, twin, last = nets(name)

@@ -194,7 +194,12 @@ def run_steps(config, dataset, devices, steps, bn_splits=1):
 
 @pytest.mark.parametrize(
     ("devices", "accumulation_steps", "bn_splits"),
-    [pytest.param(2, 1, 1, marks=pytest.mark.slow), (8, 1, 1), (8, 2, 1), (8, 1, 8)],
+    [
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
+        (8, 1, 1),
+        pytest.param(8, 2, 1, marks=pytest.mark.slow),
+        (8, 1, 8),
+    ],
 )
 def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_splits):
     config = Config(batch_size=32, learning_rate=0.02, accumulation_steps=accumulation_steps)
