@@ -88,8 +88,7 @@ class Loop:
 
     def _keep(self) -> None:
         """Writes what is done, before the run ends."""
-        if self._running:  # else an evaluation would count as training
-            self._fetch_all()
+        self._fetch_all()
         if self.history.losses:  # else nothing is new since the last checkpoint
             self._save()
         self.checkpoints.finish()
@@ -117,11 +116,11 @@ class Loop:
     def _fetch_all(self) -> None:
         while self._running:
             self._fetch()
-        self.history.seconds = time.perf_counter() - self._began
 
     def _fetch(self) -> None:
         """Waits for the metrics of a call, and tells the writers of them."""
         metrics = jax.device_get(self._running.pop(0))
+        self.history.seconds = time.perf_counter() - self._began
         if metrics["loss"].ndim == 0:
             metrics = {name: value[np.newaxis] for name, value in metrics.items()}
         first, count = self._steps_fetched, len(metrics["loss"])
@@ -146,7 +145,7 @@ class Loop:
         """
         done = len(self.history.losses) - (self._steps_fetched - step)
         means = self.history.means(max(0, done - self.plan.config.log_every), done)
-        images, seconds = done * self.plan.config.batch_size, time.perf_counter() - self._began
+        images = done * self.plan.config.batch_size
         return {
             "step": step,
             "epoch": len(self.history.records) + 1,
@@ -154,7 +153,7 @@ class Loop:
             "accuracy": means["train_accuracy"],
             "gradient_norm": means["gradient_norm"],
             "learning_rate": self.plan.learning_rate_of(step - 1),
-            "images_per_second": images / seconds,  # of the epoch so far
+            "images_per_second": images / self.history.seconds,  # of the epoch so far
         }
 
     def _evaluate(self) -> dict[str, float | None]:

@@ -28,6 +28,7 @@ from flax_resnet.training import (
     feeds,
     files,
     launch,
+    loop,
     programs,
     writers,
 )
@@ -96,6 +97,23 @@ def test_signal_loses_nothing(
     # One step more may have been on its way.
     assert steps_kept(tmp_path)[-1] in (step, step + 1)
     assert_same_run(fr.train(config, tmp_path), tmp_path, finished)
+
+
+def test_stopped_run_knows_how_long_it_took(config, tmp_path, monkeypatch):
+    """Though its steps are so slow that none is on its way while another ends."""
+    monkeypatch.setattr(loop, "_SECONDS_OF_A_SLOW_CALL", 0.0)
+    times = []
+
+    def stop(*_):
+        times.append(time.perf_counter())
+        if len(times) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "step", stop)
+    with pytest.raises(SystemExit):
+        fr.train(config, tmp_path)
+    history = checkpoint_files.read_history(checkpoint_files.choose_checkpoint(tmp_path, "newest"))
+    assert history["seconds"] >= times[2] - times[0]
 
 
 SMALL = ("--config.train_split=train[:128]", "--config.eval_split=test[:32]")
