@@ -49,7 +49,7 @@ def test_recipe_is_valid_and_says_how_to_run_it(path):
 FACTS = {
     "cifar_resnet18": {"model": "cifar_resnet18", "num_epochs": 200, "batch_size": 128,
                        "schedule": "cosine", "nesterov": True, "weight_decay": 5e-4},
-    "cifar_resnet18_short": {"model": "cifar_resnet18", "num_epochs": 8, "optimizer": "muon",
+    "cifar_resnet18_short": {"model": "cifar_resnet18", "num_epochs": 30, "optimizer": "muon",
                              "schedule": "onecycle"},
     "cifar_resnet20": {"model": "cifar_resnet20", "num_steps": 64_000, "batch_size": 128,
                        "learning_rate": 0.1, "decay_at": (0.5, 0.75), "decay_factor": 0.1,
