@@ -47,10 +47,10 @@ def linked(paper: str, *, with_title: bool = True) -> str:
 def row(variant: Variant, difference: float | None) -> str:
     """A line of the table."""
     summary = fr.summary(variant.make(), variant.pixels)
-    giga, pixels = summary.multiply_adds / 1e9, variant.pixels
+    giga, pixels = f"{summary.multiply_adds / 1e9:#.3g}".rstrip("."), variant.pixels
     beside = "" if difference is None else f"{difference:.0e}"
     return (
-        f"| {variant.name} | {summary.parameters:,} | {giga:#.3g} | {pixels} "
+        f"| {variant.name} | {summary.parameters:,} | {giga} | {pixels} "
         f"| {linked(variant.paper, with_title=False)} "
         f"| {variant.weights or 'none'} | {beside} |"
     )

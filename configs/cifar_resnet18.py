@@ -4,7 +4,7 @@
 
 200 epochs of SGD with Nesterov momentum, weight decay 5e-4 and a cosine from 0.1 to 0.
 DeVries and Taylor (2017) reach 95.28% test accuracy with steps in place of the cosine, and
-96.01% with --config.cutout=16. Ours: see docs/results.md.
+96.01% with --config.cutout=16. Ours: not run.
 """
 
 from flax_resnet.training import default_config

@@ -3,7 +3,8 @@
     python train.py --config configs/cifar_speedrun_gpu.py
 
 From airbench94 (K. Jordan, arXiv:2404.00498, and its later version with Muon) come Muon, flips
-that alternate from epoch to epoch, and label smoothing. Measured: see docs/results.md.
+that alternate from epoch to epoch, and label smoothing. On 2 CPU cores: 89.1% in 21 minutes.
+No GPU was measured.
 """
 
 from flax_resnet.training import default_config

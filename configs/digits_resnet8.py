@@ -2,7 +2,7 @@
 
     python train.py --config configs/digits_resnet8.py
 
-About 99% test accuracy in under two minutes on 2 CPU cores.
+About 99% test accuracy in under a minute on 2 CPU cores.
 """
 
 from flax_resnet.training import default_config

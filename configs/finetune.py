@@ -8,10 +8,10 @@ the folder of a run that saw the others:
     python train.py --config configs/digits_resnet8.py --workdir runs/digits90 \
         --config.train_split='train[10%:]'
 
-Half a minute on 2 CPU cores. What it reaches, and what a start from random weights does:
-see docs/results.md.
+A few seconds of training on 2 CPU cores. What it reaches, and what a start from random weights
+does: see docs/results.md.
 
-From CIFAR-10 to CIFAR-100, all layers; TFDS needs TensorFlow to prepare CIFAR-100:
+From CIFAR-10 to CIFAR-100, all layers:
 
     python train.py --config configs/finetune.py --config.init_from=runs/cifar10 \
         --config.model=cifar_resnet18 --config.dataset=cifar100 --config.train_split=train \

@@ -7,7 +7,7 @@ and for a ResNet, ResNet9 or VGG where in the picture it sees the first of them.
 test split are there to begin with, where it can be read. The page is for this machine alone unless
 --host says otherwise: 0.0.0.0 is for all that reach it. Ctrl-C ends it.
 
-It needs gradio: pip install 'flax-resnet[demo]'. Exits with 2 and one line on standard error where
+It needs gradio: pip install -e '.[demo]'. Exits with 2 and one line on standard error where
 the input cannot be used.
 """
 
@@ -90,7 +90,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
     try:
         import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError("the page needs gradio: pip install 'flax-resnet[demo]'") from error
+        raise InputError("the page needs gradio: pip install gradio") from error
     answer = make_answer(run)
 
     def shown(path: str | None) -> Any:

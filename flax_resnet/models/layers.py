@@ -48,7 +48,7 @@ class Conv(nn.Module):
       standardize: convolve with the kernel less its mean, over its deviation, of each output
         channel (weight standardization: Qiao et al., arXiv:1903.10520), as timm's BiT nets.
       bias_init: initial value of the bias; None for no bias.
-      dtype: type of the compute.
+      dtype: of the computation.
     """
 
     planes: int
@@ -233,7 +233,7 @@ class SqueezeExcite(nn.Module):
 
     Attributes:
       ratio: channels in between, as a share of C, rounded to a multiple of 8.
-      dtype: type of the compute.
+      dtype: of the computation.
     """
 
     ratio: float = 1 / 16
@@ -260,7 +260,7 @@ class EfficientChannelAttention(nn.Module):
     [N, H, W, C] to the same shape.
 
     Attributes:
-      dtype: type of the compute.
+      dtype: of the computation.
     """
 
     dtype: Dtype = jnp.float32

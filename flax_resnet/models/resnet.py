@@ -5,7 +5,7 @@ PyTorch writes it: the same submodule names, explicit symmetric padding, Kaiming
 initialisation, and the stride of a Bottleneck on its 3x3 convolution.
 
 Images are float [N, H, W, C]. Parameters and BatchNorm statistics are float32;
-`dtype` is the type of the compute.
+`dtype` is that of the computation.
 """
 
 import math
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
       stochastic_depth: probability that training leaves the residual branch of an example
         out; what stays is scaled up to keep the mean. Needs the rng "dropout".
       norm_layer: `BatchNorm` or `GroupNorm`, or a `functools.partial` of one.
-      dtype: type of the compute.
+      dtype: of the computation.
 
     Raises (when called):
       ValueError: names the fields that do not go together.
@@ -387,7 +387,7 @@ class ResNet(nn.Module):
       frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
         statistics and normalise by them in training too, such as ("bn1", "layer1");
         `*`, `?` and `[]` as in file names. Their parameters are the optimizer's to freeze.
-      dtype: type of the compute, e.g. jnp.bfloat16 on GPU and TPU.
+      dtype: of the computation, e.g. jnp.bfloat16 on GPU and TPU.
 
     Raises (when called):
       TypeError: if x is no array, or `train` is missing.

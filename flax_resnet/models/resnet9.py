@@ -36,7 +36,7 @@ class ResNet9(nn.Module):
       widths: channels of the first convolution and of each stage.
       bn_splits: see `BatchNorm`.
       frozen: see `ResNet`.
-      dtype: type of the compute.
+      dtype: of the computation.
 
     Raises (when called):
       TypeError, ValueError: as `ResNet`; and if x has less than 8 pixels a side.

@@ -40,7 +40,7 @@ class VGG(nn.Module):
       dropout: share of the values that training sets to zero after each of these.
       bn_splits: see `BatchNorm`.
       frozen: see `ResNet`.
-      dtype: type of the compute.
+      dtype: of the computation.
 
     Raises (when called):
       TypeError, ValueError: as `ResNet`; and if x has less than 2 ** len(layers) pixels a side.

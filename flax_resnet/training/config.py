@@ -45,7 +45,7 @@ class Config:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     # Pictures that cannot be read: "stop" names them, "skip" leaves them out.
     bad_images: Literal["stop", "skip"] = "stop"
-    # The mean and deviation by which images are normalised: those of the training images
+    # The mean and standard deviation by which images are normalised: those of the training images
     # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, in units of full
     # white: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
     # weights were trained with: the other run's numbers, or ImageNet's for published weights.
@@ -89,7 +89,8 @@ class Config:
     # that model's.
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
-    # The type of the compute. "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else float32.
+    # The dtype of the computation. "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else
+    # float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # The weights to start from: a run's folder (its best checkpoint), a file that PyTorch or
     # safetensors wrote, or the id of a Hugging Face Hub repository. A classifier for another

@@ -253,7 +253,7 @@ def _of_source(init_from: str) -> Statistics:
     else:
         statistics, whose = _IMAGENET, "ImageNet's, as published weights mostly want them"
     say(
-        f"images are normalised by mean and deviation of {whose}; "
+        f"images are normalised by mean and standard deviation of {whose}; "
         "--config.normalize=data takes those of the data"
     )
     return statistics

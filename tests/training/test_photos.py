@@ -196,7 +196,7 @@ def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path,
     begun = json.loads((source / "dataset.json").read_text())
     config = config_of(pictures, init_from=str(source), num_steps=2, eval_resize=24)
     fr.train(config, tmp_path / "tuned")
-    assert f"mean and deviation of the run in {source}" in capsys.readouterr().err
+    assert f"mean and standard deviation of the run in {source}" in capsys.readouterr().err
     tuned = json.loads((tmp_path / "tuned" / "dataset.json").read_text())
     assert (tuned["mean"], tuned["std"]) == (begun["mean"], begun["std"])
 
@@ -205,7 +205,7 @@ def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path,
     )
     config |= {"init_from": str(tmp_path / "w.safetensors")}
     fr.train(config, tmp_path / "published")
-    assert "mean and deviation of ImageNet's" in capsys.readouterr().err
+    assert "mean and standard deviation of ImageNet's" in capsys.readouterr().err
     published = json.loads((tmp_path / "published" / "dataset.json").read_text())
     assert [published["mean"], published["std"]] == IMAGENET
     os.unlink(tmp_path / "w.safetensors")  # it is not read again
