@@ -389,7 +389,7 @@ def plan_of(devices: list[Any], net: str, batch_size: int, pixels: int, **fields
         workdir=Path(),
         brought={},
         mesh=make_mesh(batch_size, config.accumulation_steps, devices),
-        data=Data(dataset, dataset, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "none"),
+        data=Data(dataset, dataset, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "none", is_resident=True),
         model=fr.create_model(net, num_classes=classes, dtype=jnp.bfloat16),
         initial={},
         loss=cross_entropy,

@@ -29,13 +29,12 @@ from flax_resnet.data import (
     Dataset,
     EvalBatches,
     Examples,
-    ExampleSource,
     stream,
 )
 from flax_resnet.errors import InputError, printable
 from flax_resnet.progress import bar
 from flax_resnet.runs import Run, load_run, make_classifier
-from flax_resnet.training.data import Split, open_split
+from flax_resnet.training.data import Split, open_own, open_split
 from flax_resnet.training.hardware import host_memory
 
 # A split that takes more bytes is streamed, where its files allow that.
@@ -98,20 +97,18 @@ def open_test_set(
       InputError: if it cannot be read, or is not what the run was trained for.
     """
     config = run.config
-    if isinstance(own, Dataset):
-        name, data = "the data", own
+    if own is not None:
+        name, data = "the data", open_own(own)
+    elif "data" in run.brought:
+        raise InputError(
+            f"the run in {run.workdir} has data of its own, {run.brought['data']}: "
+            "in Python its test split can be given"
+        )
     else:
-        if own is not None:
-            name, source = "the data", ExampleSource(own)
-        elif "data" in run.brought:
-            raise InputError(
-                f"the run in {run.workdir} has data of its own, {run.brought['data']}: "
-                "in Python its test split can be given"
-            )
-        else:
-            name = config.dataset
-            source, _ = open_split(config, config.eval_split, data_dir=data_dir)
-        data = source if source.can_be_streamed and source.nbytes > _LARGE else source.load()
+        name = config.dataset
+        data, _ = open_split(config, config.eval_split, data_dir=data_dir)
+    if not (isinstance(data, Dataset) or (data.can_be_streamed and data.nbytes > _LARGE)):
+        data = data.load()
     trained_for = f"than the run in {run.workdir} was trained for"
     if data.class_names != run.class_names:
         raise InputError(f"{name} has other classes {trained_for}")

@@ -17,7 +17,6 @@ A picture that cannot be read is named on standard error and left out, and the e
 """
 
 import argparse
-import collections
 import itertools
 import json
 import os
@@ -76,7 +75,7 @@ def load_run_of_pictures(workdir: str | Path) -> Run:
 
 def make_reader(run: Run) -> Callable[[str | BytesIO], np.ndarray]:
     """A picture as the run's evaluation has it."""
-    if run.config.image_size is None or "data" in run.brought:
+    if run.config.image_size is None:
         return partial(read_image, image_shape=run.image_shape)
     return partial(read_for_evaluation, sizing=sizing(run.config, run.image_shape[2]))
 
@@ -101,7 +100,6 @@ def _parser() -> Parser:
 
 def _main(options: argparse.Namespace) -> int:
     run = load_run_of_pictures(options.workdir)
-    write_maps = None if options.maps is None else _map_writer(run, Path(options.maps))
     failed: list[str] = []
 
     def skip(name: str, error: InputError) -> None:
@@ -115,6 +113,7 @@ def _main(options: argparse.Namespace) -> int:
         except InputError as error:
             skip(given, error)
 
+    write_maps = None if options.maps is None else _map_writer(run, Path(options.maps), paths)
     read_one = make_reader(run)
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
@@ -154,19 +153,29 @@ def _pictures_in(folder: str) -> list[str]:
     return found
 
 
-def _map_writer(run: Run, folder: Path) -> Callable[[Sequence[str], np.ndarray, np.ndarray], None]:
-    """Writes maps of pictures, by name, for their classes; FILE-2.png where FILE.png is there."""
+def _map_writer(
+    run: Run, folder: Path, pictures: Sequence[str]
+) -> Callable[[Sequence[str], np.ndarray, np.ndarray], None]:
+    """Writes maps of pictures, by name, for their classes.
+
+    FILE-2.png where FILE.png is another's map, or one of the pictures themselves.
+    """
     if not has_maps(run):
         raise InputError("--maps is for runs of a ResNet, ResNet9 or VGG")
     activation_maps = make_mapper(run)
-    written: collections.Counter[str] = collections.Counter()
+    taken = {os.path.realpath(picture) for picture in pictures}
+
+    def free(stem: str) -> str:
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        paths = (os.path.realpath(folder / f"{name}.png") for name in names)
+        path = next(path for path in paths if path not in taken)
+        taken.add(path)
+        return path
 
     def write(names: Sequence[str], images: np.ndarray, classes: np.ndarray) -> None:
         for name, image, one in zip(names, images, activation_maps(images, classes), strict=True):
             stem = "stdin" if name == "-" else Path(name).stem
-            written[stem] += 1
-            number = f"-{written[stem]}" if written[stem] > 1 else ""
-            beside_its_map(image, one, _MAP_SIZE).save(folder / f"{stem}{number}.png")
+            beside_its_map(image, one, _MAP_SIZE).save(free(stem))
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -209,6 +210,20 @@ def test_maps(finished, pictures, tmp_path, call):
     assert change[row, column] > 0.5 * change.max() > 0
     cold = expected < 0
     assert change[cold].mean() < 0.5 * change[~cold].mean()
+
+
+def test_maps_take_the_place_of_no_picture(finished, pictures, tmp_path, call):
+    folder = tmp_path / "both"
+    (folder / "below").mkdir(parents=True)
+    for name in ("a.png", "below/a.png", "a-2.png"):
+        shutil.copy(pictures / "a.png", folder / name)
+    before = (folder / "a.png").read_bytes()
+    given = folder / "a.png", folder / "below" / "a.png", folder / "a-2.png"
+    code, _, err = call(predict, "--workdir", finished[0], "--quiet", "--maps", folder, *given)
+    assert (code, err) == (0, "")
+    names = sorted(path.name for path in folder.glob("*.png"))
+    assert names == ["a-2-2.png", "a-2.png", "a-3.png", "a-4.png", "a.png"]
+    assert (folder / "a.png").read_bytes() == (folder / "a-2.png").read_bytes() == before
 
 
 def test_maps_that_cannot_be_written(finished, pictures, call):

@@ -100,6 +100,12 @@ def test_best_is_the_first_with_the_highest_accuracy(run_copy):
     assert choose_checkpoint(run_copy, "best").name == "16"  # of `init_from`
 
 
+def test_best_of_none_evaluated_is_the_newest(run_copy):
+    for history in run_copy.glob("checkpoints/*/run/metadata"):
+        change_history(history, records=[])
+    assert choose_checkpoint(run_copy, "best").name == "32"
+
+
 def test_run_in_its_first_epoch(run_copy):
     for name in ("16", "24", "32"):
         change_history(run_copy / "checkpoints" / name / "run" / "metadata", records=[])

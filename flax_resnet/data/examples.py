@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 from flax_resnet.data.datasets import Dataset
+from flax_resnet.data.pictures import upright
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.progress import bar
 
@@ -101,7 +103,10 @@ class ExampleSource:
     def _example(self, i: int) -> tuple[np.ndarray, int]:
         try:
             example = self._examples[i]
-            image, label = np.asarray(example["image"]), np.asarray(example["label"])
+            image, label = example["image"], np.asarray(example["label"])
+            if isinstance(image, Image.Image) and image.mode in ("P", "PA"):
+                image = upright(image)  # NumPy would get numbers of its palette
+            image = np.asarray(image)
         except Exception as error:  # of whatever the examples come from
             raise InputError(
                 f"example {i} of {self.name} cannot be read: {type(error).__name__}: "

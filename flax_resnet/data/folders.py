@@ -39,6 +39,8 @@ class Folder:
     """
 
     def __init__(self, path: str, split: str):
+        if not path:
+            raise InputError("no folder is named: it is dataset=folder:PATH")
         root = Path(os.path.expanduser(path))
         self.name = printable(root.resolve().name)
         if not root.is_dir():

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from flax_resnet.models.layers import relu
 from flax_resnet.models.resnet import ResNet
 from flax_resnet.models.resnet9 import ResNet9
-from flax_resnet.models.vgg import VGG
+from flax_resnet.models.vgg import VGG, adaptive_average_pool
 
 
 def class_activation_maps(
@@ -53,7 +53,7 @@ def class_activation_maps(
         features=True,
         mutable=["intermediates"],
         # Of a pre-activation net, after whose last stage it stands.
-        capture_intermediates=lambda module, _: module.name == "bn",
+        capture_intermediates=lambda module, _: module.path == ("bn",),
     )
     outputs, captured = applied
     last = outputs[[name for name in outputs if name.startswith("layer")][-1]]
@@ -64,14 +64,18 @@ def class_activation_maps(
         classes = outputs["logits"].argmax(-1)
 
     if isinstance(model, ResNet):
-        weights = variables["params"]["fc"]["kernel"].T[classes]
+        # Not by indexing, which JAX refuses where the images lie on several devices.
+        kernel = variables["params"]["fc"]["kernel"]
+        chosen = jax.nn.one_hot(classes, kernel.shape[-1])
+        weights = jnp.einsum("nk,ck->nc", chosen, kernel, precision="highest")
         return jnp.einsum("nhwc,nc->nhw", last, weights, precision="highest")
 
     def logits(last) -> Any:
         if isinstance(model, ResNet9):
             return 0.125 * last.max(axis=(1, 2)) @ variables["params"]["fc"]["kernel"]
-        # A VGG without its stages is what follows them.
-        return model.clone(layers=(), widths=()).apply(variables, last, train=False)
+        # A VGG without its stages is what follows them; 7x7 is no shape to take for [N, C, H, W].
+        pooled = adaptive_average_pool(last, 7)
+        return model.clone(layers=(), widths=()).apply(variables, pooled, train=False)
 
     def of_classes(last, classes):
         return jnp.take_along_axis(logits(last), classes[:, None], axis=-1).sum()

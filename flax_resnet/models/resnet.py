@@ -198,7 +198,16 @@ class ResidualBlock(nn.Module):
     ) -> Float[Array, "n h w c"]:
         """The sum of residual branch and shortcut, after what `squeeze_excite`, `eca` and
         `stochastic_depth` do to the branch.
+
+        Raises:
+          ValueError: if their shapes differ, where `antialias` drops a row that the shortcut keeps.
         """
+        if shortcut is not None and branch.shape != shortcut.shape:
+            raise ValueError(
+                f"the residual branch is {list(branch.shape)} and the shortcut "
+                f"{list(shortcut.shape)}: with antialias='average' an image has a multiple of 32 "
+                "pixels a side"
+            )
         if self.squeeze_excite:
             branch = SqueezeExcite(self.se_ratio, self.dtype, name="se")(branch)
         if self.eca:

@@ -153,7 +153,9 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     arrays = to_checked_arrays(model, variables)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    # torch.from_numpy does not know ml_dtypes' bfloat16.
+    exact = {n: a.astype(np.float32) if a.dtype == jnp.bfloat16 else a for n, a in arrays.items()}
+    return {name: torch.from_numpy(array) for name, array in exact.items()}
 
 
 def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ Simonyan and Zisserman, arXiv:1409.1556, as torchvision writes it: submodules ar
 as in its `features` and `classifier`, and pooling brings every image to 7x7.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -80,7 +81,7 @@ class VGG(nn.Module):
 
         x = adaptive_average_pool(x, 7)
         # In the order of PyTorch's [N, C, H, W], which classifier.0.weight goes by.
-        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], math.prod(x.shape[1:]))
         dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         for name in ("classifier_0", "classifier_3"):
             x = relu_from_output(dense(self.hidden, dtype=self.dtype, name=name)(x))

@@ -104,7 +104,8 @@ def _numbers(
         accuracy, top5, loss = (summary[k] for k in ("accuracy", "top5_accuracy", "loss"))
         interval = f"95% interval {percent_range(summary['interval'])}"
         numbers["test accuracy"] = Number(accuracy, percent(accuracy), interval)
-        numbers["test loss"] = Number(loss, f"{loss:.4f}", f"{summary['examples']:,} images")
+        name = "cross-entropy" if "loss" in run.brought else "test loss"
+        numbers[name] = Number(loss, f"{loss:.4f}", f"{summary['examples']:,} images")
         if len(run.class_names) > 5:
             numbers["top-5 accuracy"] = Number(top5, percent(top5), "among five classes")
         error = percent(calibration_error)

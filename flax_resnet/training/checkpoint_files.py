@@ -46,7 +46,7 @@ def choose_checkpoint(workdir: Path, which: str | int) -> Path:
     Args:
       workdir: folder of the run.
       which: "best", the one with the highest test accuracy of those that are kept (the
-        earliest of several); "newest"; or the step of one.
+        earliest of several, and the newest if none was evaluated); "newest"; or the step of one.
 
     Raises:
       InputError: if there is no such checkpoint.
@@ -66,7 +66,9 @@ def choose_checkpoint(workdir: Path, which: str | int) -> Path:
     if which == "newest":
         return folder / str(steps[-1])
     if which == "best":
-        return folder / str(max(steps, key=quality))
+        qualities = {step: quality(step) for step in steps}
+        best = max(steps, key=qualities.__getitem__)
+        return folder / str(best if qualities[best] >= 0 else steps[-1])
     if str(which) in map(str, steps):
         return folder / str(which)
     raise InputError(

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import json
 import math
 import reprlib
 import types
@@ -43,7 +44,7 @@ class Config:
     image_size: int | None = None
     eval_resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # Pictures that cannot be read: "stop" names them, "skip" leaves them out.
+    # Pictures of a folder that cannot be read: "stop" names them, "skip" leaves them out.
     bad_images: Literal["stop", "skip"] = "stop"
     # The mean and standard deviation by which images are normalised: those of the training images
     # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, in units of full
@@ -366,6 +367,10 @@ def _model_problems(run: Config) -> list[str]:
         most = _MOST_BLOCKS if name == "layers" else _LARGEST_FIELD
         if any(isinstance(n, int | float) and not abs(n) <= most for n in numbers):
             return [f"model_fields.{name} must be at most {most}, not {_short(value)}"]
+    try:
+        json.dumps(run.model_fields)
+    except (TypeError, ValueError) as error:
+        return [f"model_fields are of numbers, text and lists: {short_reason(error, 200)}"]
     try:
         model = create_model(run.model, frozen=run.freeze, **run.model_fields)
     except ValueError as error:

@@ -49,6 +49,7 @@ class Data:
       train, test: in memory, or to be streamed.
       mean, std: that images are normalised by, of each channel, in units of full white.
       name: of the data set.
+      is_resident: whether both lie in memory, and are to lie in that of every device.
       facts: what dataset.json says of it beside.
     """
 
@@ -57,12 +58,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str
+    is_resident: bool
     facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether both lie in memory, and are to lie in that of every device."""
-        return isinstance(self.train, Dataset) and isinstance(self.test, Dataset)
 
 
 def open_data(
@@ -91,7 +88,7 @@ def open_data(
         train, facts["train"] = open_split(config, config.train_split, training=True)
         test, facts["test"] = open_split(config, config.eval_split)
     else:
-        train, test = map(_open_own, own)
+        train, test = map(open_own, own)
         name = " and ".join(dict.fromkeys(type(split).__name__ for split in own))
     facts = {what: about for what, about in facts.items() if about}
     for what in ("image_shape", "class_names"):
@@ -105,7 +102,8 @@ def open_data(
             )
 
     crops = isinstance(train, Photos) and train.random_crops
-    if not crops and _fits(config, mesh, train, test):
+    is_resident = not crops and _fits(config, mesh, train, test)
+    if is_resident:
         train, test = map(_load, (train, test))
     else:
         for split in (train, test):
@@ -122,7 +120,7 @@ def open_data(
             if isinstance(train, Photos) and train.estimate_kept() <= room:
                 train = train.keeping()
     mean, std = _normalization(config, workdir, train, facts)
-    return Data(train, test, mean, std, name, facts)
+    return Data(train, test, mean, std, name, is_resident, facts)
 
 
 def open_split(
@@ -153,6 +151,8 @@ def open_split(
             label_key=config.label_key,
             channels=config.channels,
         )
+        if training and config.bad_images == "skip":
+            raise InputError("bad_images='skip' is for a folder of pictures")
         if config.image_size is None:
             return pictures, facts
         if not pictures.can_be_streamed:
@@ -161,6 +161,8 @@ def open_split(
                 "prepare it with file_format='array_record'"
             )
         channels = pictures.image_shape[2]
+    if channels not in (1, 3):
+        raise InputError(f"with image_size pictures have 1 or 3 channels, not {channels}")
     crops = training and config.crop == "resized"
     return Photos(pictures, sizing(config, channels), random_crops=crops), facts
 
@@ -192,10 +194,18 @@ def read_ahead(
     return stream(batches, config.stream_workers)
 
 
-def _open_own(split: Dataset | Examples) -> Dataset | ExampleSource:
+def open_own(split: Dataset | Examples) -> Dataset | ExampleSource:
+    """A split of a script's own.
+
+    Raises:
+      InputError: if it cannot be used, or is empty.
+    """
     if not isinstance(split, Dataset):
         return ExampleSource(split)
-    return Dataset(split.images, split.labels.astype(np.int32), tuple(split.class_names))
+    if not len(split):
+        raise InputError("an fr.Dataset has no examples")
+    labels = np.asarray(split.labels, np.int32)
+    return Dataset(np.asarray(split.images), labels, tuple(split.class_names))
 
 
 def _load(split: Split) -> Dataset:

@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 
 from flax_resnet.data.datasets import LARGEST_IMAGE, special_file
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, printable
 from flax_resnet.training.checkpoint_files import steps_in
 from flax_resnet.training.config import Config
 from flax_resnet.training.data import FOLDER, Data
@@ -68,6 +68,10 @@ def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> 
     Raises:
       InputError: says which.
     """
+    try:
+        os.fspath(workdir).encode()
+    except UnicodeEncodeError as error:  # Orbax would refuse it after the first epoch
+        raise InputError(f"workdir {printable(str(workdir))} is not UTF-8") from error
     try:
         existing = next(p for p in [workdir, *workdir.absolute().parents] if p.exists())
     except OSError as error:  # a folder on the way is not to be looked into, a name too long

@@ -81,7 +81,8 @@ def write_whole(path: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # it may be anything, as a pipe
-    temporary.write_text(content, encoding="utf-8")
+    # The name of a file need not be UTF-8.
+    temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 

@@ -1,5 +1,6 @@
 """The optimizer of a config and its learning rate, with the meaning that PyTorch gives them."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -27,7 +28,8 @@ def learning_rate_schedule(
       total_steps: length of the run.
 
     Raises:
-      InputError: if the warm-up is not shorter than the run, or there is no such schedule.
+      InputError: if the warm-up is not shorter than the run, onecycle's is less than a step, or
+        there is no such schedule.
     """
     peak = config.learning_rate
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -40,7 +42,13 @@ def learning_rate_schedule(
         # Smith and Topin, arXiv:1708.07120; the rates of PyTorch's OneCycleLR, which come a step
         # earlier there. The momentum stays.
         case "onecycle":
-            return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=warmup / total_steps)
+            if not warmup:
+                raise InputError(
+                    f"warmup_epochs={config.warmup_epochs} is less than a step, for onecycle"
+                )
+            # Optax rounds down, and warmup / total_steps * total_steps may be just below warmup.
+            rise = (warmup + 0.5) / total_steps
+            return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=rise)
         case "constant":
             schedule = optax.constant_schedule(peak)
         case "cosine":
@@ -109,12 +117,19 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
             )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    if not config.freeze:
+    return without_frozen(optimizer, config.freeze)
+
+
+def without_frozen(
+    optimizer: optax.GradientTransformation, freeze: Sequence[str]
+) -> optax.GradientTransformation:
+    """The optimizer, which neither changes nor keeps a state of what `Config.freeze` names."""
+    if not freeze:
         return optimizer
 
     def labels(params):
         def label(path, _):
-            return "frozen" if is_frozen(("params", *path), config.freeze) else "trained"
+            return "frozen" if is_frozen(("params", *path), freeze) else "trained"
 
         return path_aware_map(label, params)
 

@@ -11,6 +11,7 @@ import optax
 
 from flax_resnet.data import Dataset, Examples
 from flax_resnet.errors import InputError
+from flax_resnet.training.config import Config
 from flax_resnet.training.steps import Loss
 
 # Images, uint8 [N, H, W, C], and a key for each, [N], to images.
@@ -22,7 +23,7 @@ REPLACED = {
     "data": (
         *("dataset", "data_dir", "train_split", "eval_split", "label_key", "channels"),
         *("image_size", "eval_resize", "interpolation", "bad_images"),
-        *("crop", "crop_area", "crop_ratio"),
+        *("crop", "crop_area", "crop_ratio", "auto_augment"),
     ),
     "loss": ("label_smoothing",),
     "optimizer": (
@@ -34,6 +35,12 @@ REPLACED = {
         "clip_norm",
     ),
     "augment": ("crop_padding", "horizontal_flip", "alternating_flip", "cutout"),
+}
+
+# Those that say how a model or images are to be, which one's own would not be.
+_REFUSED = {
+    "model": ("batch_norm", "freeze", "init_from"),
+    "data": ("channels", "image_size", "eval_resize", "crop"),
 }
 
 
@@ -81,6 +88,18 @@ class Own:
         """What config.json says of each that was brought."""
         brought = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: _name(value) for name, value in brought.items() if value is not None}
+
+
+def check_keys(config: Config, brought: Mapping[str, str]) -> None:
+    """Refuses a key that would have no effect on what was brought.
+
+    Raises:
+      InputError: names it.
+    """
+    for name in brought:
+        for key in _REFUSED.get(name, ()):
+            if getattr(config, key) != getattr(Config(), key):
+                raise InputError(f"{key} is for the {name} that a config names, not for one's own")
 
 
 def _name(value: Any) -> str:

@@ -24,8 +24,12 @@ from flax_resnet.training.config import Config
 from flax_resnet.training.data import Data, open_data
 from flax_resnet.training.initial import Weights, fit_initial, read_initial
 from flax_resnet.training.mesh import make_mesh, platform
-from flax_resnet.training.optimizer import learning_rate_schedule, make_optimizer
-from flax_resnet.training.own import Augment, Own
+from flax_resnet.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    without_frozen,
+)
+from flax_resnet.training.own import Augment, Own, check_keys
 from flax_resnet.training.steps import Loss, cross_entropy
 
 
@@ -91,6 +95,7 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
       InputError: if the folder, the data, the devices or what a script has brought cannot be
         used, or do not go together.
     """
+    check_keys(config, own.names)
     files.check_workdir(workdir, config, own.names)
     state_dict = read_initial(config, workdir)
     mesh = make_mesh(config.batch_size, config.accumulation_steps)
@@ -153,9 +158,6 @@ def fastest_dtype(device: Any) -> str:
 
 def _choose_model(config: Config, data: Data, mesh: Mesh, own: Own) -> nn.Module:
     if own.model is not None:
-        for key, usual in (("batch_norm", "global"), ("freeze", ()), ("init_from", None)):
-            if getattr(config, key) != usual:
-                raise InputError(f"{key} is for the models of this library, not for one's own")
         return own.model
     model = build_model(config, len(data.train.class_names), mesh)
     try:
@@ -171,14 +173,14 @@ def _choose_optimizer(
     if own.optimizer is None:
         return make_optimizer(config, schedule), schedule
     if isinstance(own.optimizer, optax.GradientTransformation):
-        return own.optimizer, None
+        return without_frozen(own.optimizer, config.freeze), None
     optimizer = _attempt("optimizer", partial(own.optimizer, schedule))
     if not isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
             f"optimizer gives a {type(optimizer).__name__} for a learning rate, not an "
             "optax.GradientTransformation"
         )
-    return optimizer, schedule
+    return without_frozen(optimizer, config.freeze), schedule
 
 
 def _check_sizes(config: Config, data: Data, own: Own) -> None:

@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from flax_resnet.errors import printable
 from flax_resnet.models import unstack_blocks
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.training.history import Record
@@ -70,6 +71,8 @@ def write_epoch(train: RecordWriter, test: RecordWriter, record: Record) -> None
 
 def write_config(writer: RecordWriter, config: Mapping[str, Any]) -> None:
     """Shows the config as text, and as what runs are compared by under HParams."""
+    # A path need not be UTF-8.
+    config = {k: printable(v) if isinstance(v, str) else v for k, v in config.items()}
     lines = [f"| `{key}` | `{value}` |" for key, value in config.items()]
     table = "\n".join(["| key | value |", "|---|---|", *lines])
     _write(writer, _event(0, summary=text_pb("config", table)))

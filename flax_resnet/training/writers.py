@@ -175,7 +175,7 @@ class TensorBoard(Writer):
     """Two event files, the second, in test/, of the test split; see `tensorboard`."""
 
     def __init__(self, plan: Plan, state: TrainState, history: History):
-        self._frozen = plan.config.freeze
+        self._frozen = getattr(plan.model, "frozen", ())
         self._layer_norms: list[np.ndarray] = []
         self._writer = tensorboard.open_writer(plan.workdir, int(state.step))
         self._test_writer = tensorboard.open_writer(plan.workdir / "test", int(state.step))

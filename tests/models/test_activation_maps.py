@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_resnet as fr
 
@@ -76,6 +78,29 @@ def test_maps_are_those_of_torch(name, rng):
         np.testing.assert_allclose(sums, logits[np.arange(4), classes], rtol=1e-4, atol=1e-5)
     most_probable = maps(variables, images, jnp.argmax(logits, -1))
     np.testing.assert_allclose(maps(variables, images), most_probable, rtol=1e-5)
+
+
+def test_maps_of_images_on_several_devices(rng):
+    model = fr.cifar_resnet8()
+    x = jnp.float32(rng.normal(size=(4, 8, 8, 3)))
+    variables = model.init(jax.random.key(0), x, train=False)
+    expected = fr.class_activation_maps(model, variables, x)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    spread = jax.device_put(x, NamedSharding(mesh, P("data")))
+    copied = jax.device_put(variables, NamedSharding(mesh, P()))
+    maps = jax.jit(partial(fr.class_activation_maps, model))(copied, spread)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
+    constant = jax.device_get(variables)
+    maps = jax.jit(lambda x: fr.class_activation_maps(model, constant, x))(x)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_maps_of_a_vgg_and_long_images(rng):
+    model = fr.VGG((1, 1), num_classes=3, widths=(8, 16), hidden=8)
+    x = jnp.float32(rng.normal(size=(2, 12, 64, 3)))
+    variables = model.init(jax.random.key(0), x, train=False)
+    assert fr.class_activation_maps(model, variables, x).shape == (2, 3, 16)
+    assert model.apply(variables, x[:0], train=False).shape == (0, 3)
 
 
 def test_refusals():

@@ -429,6 +429,7 @@ def test_identity_shortcut_subsamples_and_pads_with_zeros(rng):
         (fr.cifar_resnet8(strides=(1, 2)), (1, 32, 32, 3), "one entry a stage"),
         (fr.cifar_resnet8(shortcut="A"), (1, 32, 32, 3), "not 'A'"),
         (fr.cifar_resnet8(widths=(16, 8, 64)), (1, 32, 32, 3), "from 16 to 8 channels"),
+        (fr.resnetaa50(), (1, 48, 48, 3), r"branch is \[1, 1, 1, 2048\] and the shortcut"),
     ],
 )
 def test_what_cannot_be_built_says_why(model, shape, message):

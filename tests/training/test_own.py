@@ -1,5 +1,6 @@
 """A model, data, a loss, an optimizer and augmentation of a script's own, in the trainer."""
 
+import dataclasses
 import json
 import os
 import re
@@ -24,7 +25,10 @@ import flax_resnet as fr
 from flax_resnet import evaluate, predict
 from flax_resnet.data import ExampleSource, epoch_order
 from flax_resnet.report import write_report
-from flax_resnet.training import cross_entropy
+from flax_resnet.training import check_config, cross_entropy, plan
+from flax_resnet.training.data import open_data
+from flax_resnet.training.mesh import make_mesh
+from flax_resnet.training.own import Own
 from tests.training.test_train import read_metrics, train_until, without_timing
 
 CLASSES = ("dark", "bright", "red")
@@ -257,7 +261,9 @@ def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path, feed
 
 
 def test_arrays_can_be_streamed(own_run, tmp_path):
-    state = fr.train(CONFIG | {"data_feed": "stream"}, tmp_path, **OWN)
+    config = CONFIG | {"data_feed": "stream"}
+    assert not open_data(check_config(config), tmp_path, make_mesh(16), DATA).is_resident
+    state = fr.train(config, tmp_path, **OWN)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(own_run[1]))
 
 
@@ -373,10 +379,62 @@ def test_what_cannot_be_used_is_refused(own, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("key", [{"batch_norm": "per_replica"}, {"freeze": ("conv1",)}])
-def test_keys_of_our_models_are_refused_with_ones_own(key, tmp_path):
-    with pytest.raises(fr.InputError, match="is for the models of this library"):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ({"batch_norm": "per_replica"}, "batch_norm is for the model that a config names"),
+        ({"freeze": ("conv1",)}, "freeze is for the model that a config names"),
+        ({"image_size": 8, "crop": "resized"}, "image_size is for the data that a config names"),
+        ({"channels": 1}, "channels is for the data that a config names"),
+    ],
+)
+def test_keys_without_effect_on_ones_own_are_refused(key, message, tmp_path):
+    with pytest.raises(fr.InputError, match=message):
         fr.train(CONFIG | key, tmp_path / "run", model=CNN(), data=DATA)
+
+
+def test_own_optimizer_leaves_alone_what_is_frozen():
+    params = {"conv1": {"kernel": jnp.ones(3)}, "fc": {"kernel": jnp.ones(3)}}
+    config = check_config({"model": "cifar_resnet8", "freeze": ("conv1",)})
+    for own in (optax.sgd(0.5), lambda rate: optax.sgd(0.5)):
+        optimizer, _ = plan._choose_optimizer(config, Own(optimizer=own), lambda step: 0.1)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        np.testing.assert_array_equal(updates["conv1"]["kernel"], np.zeros(3))
+        np.testing.assert_array_equal(updates["fc"]["kernel"], np.full(3, -0.5))
+
+
+def test_model_of_ours_with_frozen_parts(tmp_path):
+    model = fr.cifar_resnet8(num_classes=3, frozen=("conv1", "bn1", "layer1"))
+    state = fr.train(CONFIG | {"num_epochs": 1}, tmp_path, model=model, data=DATA)
+    assert state.step == 3
+
+
+def test_dataset_of_lists(tmp_path):
+    train, test = (fr.Dataset(d.images, d.labels.tolist(), list(CLASSES)) for d in DATA)
+    fr.train(CONFIG | {"num_epochs": 1}, tmp_path, model=CNN(), data=(train, test))
+    run = fr.load_run(tmp_path, model=CNN())
+    assert evaluate.open_test_set(run, own=test).class_names == CLASSES
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_dataset_without_examples(empty, tmp_path):
+    splits = [
+        d if i != empty else dataclasses.replace(d, images=d.images[:0], labels=d.labels[:0])
+        for i, d in enumerate(DATA)
+    ]
+    with pytest.raises(fr.InputError, match=r"an fr\.Dataset has no examples"):
+        fr.train(CONFIG, tmp_path, model=CNN(), data=tuple(splits))
+
+
+def test_picture_with_a_palette_has_its_colours():
+    red = Image.new("RGB", (8, 8), (200, 10, 20)).convert("P", palette=Image.Palette.ADAPTIVE)
+
+    class Palettes(Listed):
+        def __getitem__(self, i):
+            return {"image": red, "label": 0}
+
+    images, _ = ExampleSource(Palettes(DATA[0])).read(np.array([1]))
+    np.testing.assert_allclose(images, np.broadcast_to([200, 10, 20], (1, 8, 8, 3)), atol=1)
 
 
 @pytest.mark.parametrize("missing", OWN)
