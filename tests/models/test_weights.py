@@ -98,6 +98,14 @@ class TestSafetensors:
         assert kernel.dtype == jnp.float32
         np.testing.assert_array_equal(kernel, arrays["fc.weight"].astype(np.float32).T)
 
+    def test_bfloat16_becomes_float32_in_pytorch(self, variables):
+        torch = pytest.importorskip("torch")
+        small = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), variables)
+        weight = fr.to_torch(MODEL, small)["fc.weight"]
+        assert weight.dtype == torch.float32
+        kernel = np.asarray(small["params"]["fc"]["kernel"], np.float32)
+        np.testing.assert_array_equal(weight.numpy(), kernel.T)
+
     def test_file_is_replaced_whole_or_not_at_all(self, path, variables, monkeypatch):
         before = path.read_bytes()
         other = jax.tree.map(lambda x: x + 1, variables)

@@ -112,6 +112,11 @@ def test_bad_value(key, value, message):
         check_config(config)
 
 
+def test_fields_of_a_model_that_no_file_can_hold():
+    with pytest.raises(fr.InputError, match="model_fields are of numbers, text and lists"):
+        check_config({"model": "cifar_resnet8", "model_fields": {"norm": lambda **_: None}})
+
+
 def test_flips_alternate_only_where_there_are_flips():
     with pytest.raises(fr.InputError, match="alternating_flip needs horizontal_flip"):
         check_config({"alternating_flip": True, "horizontal_flip": False})

@@ -229,6 +229,9 @@ def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path,
             "auto_augment 'randaugment' needs crop 'resized' and image_size",
         ),
         ({"bad_images": "ignore"}, "bad_images must be one of stop, skip"),
+        ({"channels": 4}, "with image_size pictures have 1 or 3 channels, not 4"),
+        ({"dataset": "folder:"}, "no folder is named"),
+        ({"dataset": "digits", "bad_images": "skip"}, "bad_images='skip' is for a folder"),
     ],
 )
 def test_what_cannot_be_is_refused(pictures, changes, message, tmp_path):
