@@ -398,7 +398,7 @@ def test_own_optimizer_leaves_alone_what_is_frozen():
     config = check_config({"model": "cifar_resnet8", "freeze": ("conv1",)})
     for own in (optax.sgd(0.5), lambda rate: optax.sgd(0.5)):
         optimizer, _ = plan._choose_optimizer(config, Own(optimizer=own), lambda step: 0.1)
-        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        updates: Any = optimizer.update(params, optimizer.init(params), params)[0]
         np.testing.assert_array_equal(updates["conv1"]["kernel"], np.zeros(3))
         np.testing.assert_array_equal(updates["fc"]["kernel"], np.full(3, -0.5))
 
@@ -410,7 +410,8 @@ def test_model_of_ours_with_frozen_parts(tmp_path):
 
 
 def test_dataset_of_lists(tmp_path):
-    train, test = (fr.Dataset(d.images, d.labels.tolist(), list(CLASSES)) for d in DATA)
+    lists: Any = list(CLASSES)
+    train, test = (fr.Dataset(d.images, d.labels.tolist(), lists) for d in DATA)
     fr.train(CONFIG | {"num_epochs": 1}, tmp_path, model=CNN(), data=(train, test))
     run = fr.load_run(tmp_path, model=CNN())
     assert evaluate.open_test_set(run, own=test).class_names == CLASSES
@@ -418,7 +419,7 @@ def test_dataset_of_lists(tmp_path):
 
 @pytest.mark.parametrize("empty", [0, 1])
 def test_dataset_without_examples(empty, tmp_path):
-    splits = [
+    splits: Any = [
         d if i != empty else dataclasses.replace(d, images=d.images[:0], labels=d.labels[:0])
         for i, d in enumerate(DATA)
     ]
