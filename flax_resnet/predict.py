@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -164,9 +165,11 @@ def _map_writer(
         raise InputError("--maps is for runs of a ResNet, ResNet9 or VGG")
     activation_maps = make_mapper(run)
     taken = {os.path.realpath(picture) for picture in pictures}
+    # A stem goes on where it has come to: many folders may hold the same names.
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(1))
 
     def free(stem: str) -> str:
-        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        names = (stem if number == 1 else f"{stem}-{number}" for number in numbers[stem])
         paths = (os.path.realpath(folder / f"{name}.png") for name in names)
         path = next(path for path in paths if path not in taken)
         taken.add(path)

@@ -139,11 +139,13 @@ def open_split(
     """
     facts: dict[str, Any] = {}
     if config.dataset.startswith(FOLDER):
+        sizes = sizing(config, config.channels or 3)
         pictures = Folder(data_dir or config.dataset.removeprefix(FOLDER), split)
         pictures, left_out = without_bad(pictures, skip=config.bad_images == "skip")
         facts = {"files": pictures.fingerprint(), "bad_images": left_out}
-        channels = config.channels or 3
     else:
+        if training and config.bad_images == "skip":
+            raise InputError("bad_images='skip' is for a folder of pictures")
         pictures = Source(
             config.dataset,
             split,
@@ -151,8 +153,6 @@ def open_split(
             label_key=config.label_key,
             channels=config.channels,
         )
-        if training and config.bad_images == "skip":
-            raise InputError("bad_images='skip' is for a folder of pictures")
         if config.image_size is None:
             return pictures, facts
         if not pictures.can_be_streamed:
@@ -160,15 +160,19 @@ def open_split(
                 f"image_size needs ArrayRecord files, and those of {config.dataset} are TFRecord: "
                 "prepare it with file_format='array_record'"
             )
-        channels = pictures.image_shape[2]
-    if channels not in (1, 3):
-        raise InputError(f"with image_size pictures have 1 or 3 channels, not {channels}")
+        sizes = sizing(config, pictures.image_shape[2])
     crops = training and config.crop == "resized"
-    return Photos(pictures, sizing(config, channels), random_crops=crops), facts
+    return Photos(pictures, sizes, random_crops=crops), facts
 
 
 def sizing(config: Config, channels: int) -> Sizing:
-    """How the pictures of a run with `image_size` come to it."""
+    """How the pictures of a run with `image_size` come to it.
+
+    Raises:
+      InputError: if they are to have another number of channels than 1 or 3.
+    """
+    if channels not in (1, 3):
+        raise InputError(f"with image_size pictures have 1 or 3 channels, not {channels}")
     size = config.image_size
     assert size is not None
     return Sizing(

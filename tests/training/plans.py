@@ -32,7 +32,9 @@ def planned(config, train=None, test=None, *, model=MODEL, devices=1, **fields):
         "workdir": Path("nowhere"),
         "brought": {},
         "mesh": make_mesh(config.batch_size, config.accumulation_steps, jax.devices()[:devices]),
-        "data": Data(train, test or train, *channel_statistics([train.images]), "random", True),
+        "data": Data(
+            train, test or train, *channel_statistics([train.images]), "random", is_resident=True
+        ),
         "model": model,
         "initial": {},
         "loss": partial(cross_entropy, label_smoothing=config.label_smoothing),
