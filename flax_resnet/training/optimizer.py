@@ -28,8 +28,7 @@ def learning_rate_schedule(
       total_steps: length of the run.
 
     Raises:
-      InputError: if the warm-up is not shorter than the run, onecycle's is less than a step, or
-        there is no such schedule.
+      InputError: if the warm-up is not shorter than the run, or there is no such schedule.
     """
     peak = config.learning_rate
     warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -42,10 +41,6 @@ def learning_rate_schedule(
         # Smith and Topin, arXiv:1708.07120; the rates of PyTorch's OneCycleLR, which come a step
         # earlier there. The momentum stays.
         case "onecycle":
-            if not warmup:
-                raise InputError(
-                    f"warmup_epochs={config.warmup_epochs} is less than a step, for onecycle"
-                )
             # Optax rounds down, and warmup / total_steps * total_steps may be just below warmup.
             rise = (warmup + 0.5) / total_steps
             return optax.cosine_onecycle_schedule(total_steps, peak, pct_start=rise)
