@@ -98,9 +98,17 @@ def test_receptive_fields_follow_the_formula(block, shortcut):
     assert stages[2].shape == (6, 6, 16 * block.expansion)
 
 
-@pytest.mark.parametrize("fields", [{"norm": "group"}, {"squeeze_excite": True}])
-def test_a_field_without_an_end_is_refused(fields):
-    with pytest.raises(ValueError, match="need norm='batch' and squeeze_excite=False"):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm": "group"},
+        {"squeeze_excite": True},
+        {"eca": True},
+        {"weight_standardization": True},
+    ],
+)
+def test_a_field_that_cannot_be_measured_is_refused(fields):
+    with pytest.raises(ValueError, match="receptive fields need "):
         measure.stages(tiny(fr.BasicBlock, (1, 1), **fields), (12, 12, 3))
 
 

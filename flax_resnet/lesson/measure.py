@@ -184,13 +184,15 @@ def stages(model: ResNet, image_shape: Sequence[int]) -> list[Stage]:
 
     Raises:
       ValueError: for a net with a max-pool, which has a gradient by one pixel of its window
-        alone, for one whose blocks start as the identity, and for one whose units see the
-        whole image, by GroupNorm or squeeze-and-excitation.
+        alone, for one whose blocks start as the identity, for one whose units see the whole
+        image, by GroupNorm or an attention, and for one whose kernels are standardised.
     """
     if not model.cifar_stem or model.zero_init_residual:
         raise ValueError("receptive fields need cifar_stem=True and zero_init_residual=False")
-    if model.norm != "batch" or model.squeeze_excite:
-        raise ValueError("receptive fields need norm='batch' and squeeze_excite=False")
+    if model.norm != "batch" or model.squeeze_excite or model.eca:
+        raise ValueError("receptive fields need norm='batch', squeeze_excite=False and eca=False")
+    if model.weight_standardization:
+        raise ValueError("receptive fields need weight_standardization=False")
     names = ["stem", *(f"layer{stage}" for stage in range(1, len(model.layers) + 1))]
     shapes = _feature_shapes(model, image_shape)
     width = 128

@@ -153,6 +153,11 @@ def _what_to_write(model: nn.Module, x: jax.Array, error: errors.FlaxError) -> s
 
 
 def _of_another_model(model: Any, x: jax.Array, params: Any, error: errors.FlaxError) -> str:
+    if any(name.endswith("_rest") for name in params) and not getattr(model, "scan_blocks", True):
+        return (
+            "the blocks are stacked, for scan_blocks=True: write fr.unstack_blocks(variables), or "
+            "model.clone(scan_blocks=True)"
+        )
     kernels = {name: layer["kernel"] for name, layer in params.items() if "kernel" in layer}
     channels = next((kernels[name].shape[-2] for name in _FIRST if name in kernels), x.shape[-1])
     if channels != x.shape[-1]:

@@ -373,8 +373,9 @@ class ResNet(nn.Module):
         and ReLU in its place (ResNet-RS: Bello et al., arXiv:2103.07579, as in timm).
       replace_stride_with_dilation: for each stage but the first, whether its stride becomes a
         dilation, as in torchvision; None for no stage.
-      output_stride: pixels of the image to one of the last stage, 8, 16 or 32: strides beyond
-        become dilations, as in timm; None for what the strides make.
+      output_stride: pixels of the image to one of the last stage, 4, 8, 16 or 32, or with
+        cifar_stem also 1 or 2: strides beyond become dilations, as in timm; None for what the
+        strides make.
       groups, width_per_group, squeeze_excite, se_ratio, eca, antialias,
       weight_standardization: see `ResidualBlock`; the last is the stem's too, and antialias that
         of its pooling.
@@ -589,8 +590,9 @@ class ResNet(nn.Module):
             )
         if replaces is not None and self.output_stride is not None:
             raise ValueError("output_stride and replace_stride_with_dilation: set one of them")
-        if self.output_stride is not None and self.output_stride not in (1, 2, 4, 8, 16, 32):
-            raise ValueError(f"output_stride is 8, 16 or 32, not {self.output_stride}")
+        strides = [2**i for i in range(6) if self.cifar_stem or i >= 2]
+        if self.output_stride is not None and self.output_stride not in strides:
+            raise ValueError(f"output_stride is one of {strides}, not {self.output_stride}")
         if not callable(self.norm) and self.norm not in ("batch", "group"):
             raise ValueError(f"norm is 'batch', 'group' or makes a module, not {self.norm!r}")
         if self.norm != "batch" and self.bn_splits != 1:
@@ -636,7 +638,8 @@ class ResNet(nn.Module):
             x, updates = one.apply(variables, x, train, mutable=["batch_stats"], rngs=rngs)
             return x, updates.get("batch_stats")
 
-        kinds = [kind for kind in ("params", "batch_stats") if kind in self.variables]
+        first = rest if is_stacked else names[0]
+        kinds = [k for k in ("params", "batch_stats") if first in self.variables.get(k, {})]
         keys = scanned_rates = None
         if train and (self.dropout or self.stochastic_depth or self.has_rng("dropout")):
             keys = jax.random.split(self.make_rng("dropout"), len(names))

@@ -27,7 +27,7 @@ def stack_blocks(tree: Any) -> Any:
         out = {}
         for name, value in node.items():
             stage, _, block = name.partition("_")
-            if stage.startswith("layer") and block != "0":
+            if stage.startswith("layer") and block not in ("0", "rest"):
                 stages.setdefault(f"{stage}_rest", []).append((int(block), value))
             else:
                 out[name] = value

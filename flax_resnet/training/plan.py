@@ -110,6 +110,10 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
     _check_sizes(config, data, own)
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    if config.profile_steps and config.profile_steps[0] >= total_steps:
+        raise InputError(
+            f"profile_steps={config.profile_steps} of a run of only {total_steps} steps"
+        )
     model = _choose_model(config, data, mesh, own)
     initial: Weights = {}
     if state_dict is not None:

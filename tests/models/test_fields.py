@@ -403,7 +403,8 @@ def test_group_norm_computes_in_float32(rng):
         ({"squeeze_excite": True, "eca": True}, "squeeze_excite and eca are two attentions"),
         ({"squeeze_excite": True, "se_ratio": 0.0}, "se_ratio is above 0 and at most 1, not 0.0"),
         ({"replace_stride_with_dilation": (True,) * 3}, "one entry a stage but the first, not 3"),
-        ({"output_stride": 5}, "output_stride is 8, 16 or 32, not 5"),
+        ({"output_stride": 5}, r"output_stride is one of \[1, 2, 4, 8, 16, 32\], not 5"),
+        ({"output_stride": 2, "cifar_stem": False}, r"is one of \[4, 8, 16, 32\], not 2"),
         (
             {"output_stride": 8, "replace_stride_with_dilation": (True,)},
             "output_stride and replace_stride_with_dilation: set one of them",

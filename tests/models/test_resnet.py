@@ -336,6 +336,9 @@ def test_stacked_blocks_are_the_same_blocks(rng):
         "layer3_rest",
     ]
     chex.assert_trees_all_equal(fr.unstack_blocks(stacked), variables)
+    chex.assert_trees_all_equal(fr.stack_blocks(stacked), stacked)
+    with pytest.raises(ValueError, match="the blocks are stacked, for scan_blocks=True"):
+        model.clone(scan_blocks=False).apply(stacked, x, train=False)
     # As optax.masked has it, a part without arrays beside one that has them.
     none = jax.tree.map(lambda _: None, stacked)
     both = fr.unstack_blocks({"some": stacked, "none": none})
@@ -349,9 +352,13 @@ def test_stacked_blocks_are_the_same_blocks(rng):
     def apply(variables, train):
         return model.apply(variables, x, train=train, mutable=["batch_stats"])
 
-    for train in (False, True):
-        logits, updates = apply(variables, train=train)
-        stacked_logits, stacked_updates = apply(stacked, train=train)
+    def params_of(variables):  # training begins without batch_stats, too
+        return {"params": variables["params"]}
+
+    calls = [(variables, stacked, train) for train in (False, True)]
+    for one, other, train in [*calls, (params_of(variables), params_of(stacked), True)]:
+        logits, updates = apply(one, train=train)
+        stacked_logits, stacked_updates = apply(other, train=train)
         chex.assert_trees_all_close(
             (stacked_logits, fr.unstack_blocks(stacked_updates)), (logits, updates), rtol=1e-6
         )

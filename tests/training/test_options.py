@@ -274,6 +274,11 @@ def test_profile_steps_are_two(config, tmp_path, steps):
         fr.train(changed(config, profile_steps=steps), tmp_path / "run")
 
 
+def test_profile_steps_are_of_the_run(config, tmp_path):
+    with pytest.raises(fr.InputError, match=r"profile_steps=\(4, 6\) of a run of only 4 steps"):
+        fr.train(changed(config, num_steps=4, profile_steps=(4, 6)), tmp_path / "run")
+
+
 def test_cross_entropy_of_each_example_is_that_of_torch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
