@@ -2,11 +2,11 @@
 
     python train.py --config configs/imagenet_resnet50.py --config.data_dir=DIR
 
-    python train.py --config configs/imagenet_resnet50.py:2048 --config.data_dir=DIR
-
 DIR holds imagenet2012 as TFDS prepares it, with file_format='array_record'. A folder does as well:
---config.dataset=folder:PATH. The number after the recipe is the batch size, from which the learning
-rate follows: 0.1 for 256, as in section 2.1 there.
+--config.dataset=folder:PATH. A number after the recipe is the batch size, and the learning rate
+follows from it: 0.1 for 256, as in section 2.1 of the paper.
+
+    python train.py --config configs/imagenet_resnet50.py:2048 --config.data_dir=DIR
 
 90 epochs, a tenth of the rate after 30, 60 and 80 of them, five epochs of warm-up (section 2.2);
 blocks begin as the identity, and neither BatchNorm nor biases decay (section 5.1). They report
