@@ -200,13 +200,14 @@ class ResidualBlock(nn.Module):
         `stochastic_depth` do to the branch.
 
         Raises:
-          ValueError: if their shapes differ, where `antialias` drops a row that the shortcut keeps.
+          ValueError: if their shapes differ, as where antialias="average" drops a row that the
+            shortcut keeps.
         """
         if shortcut is not None and branch.shape != shortcut.shape:
+            hint = ": with antialias='average' an image has a multiple of 32 pixels a side"
             raise ValueError(
                 f"the residual branch is {list(branch.shape)} and the shortcut "
-                f"{list(shortcut.shape)}: with antialias='average' an image has a multiple of 32 "
-                "pixels a side"
+                f"{list(shortcut.shape)}{hint if self.antialias == 'average' else ''}"
             )
         if self.squeeze_excite:
             branch = SqueezeExcite(self.se_ratio, self.dtype, name="se")(branch)

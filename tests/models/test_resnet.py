@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -429,6 +430,15 @@ def test_identity_shortcut_subsamples_and_pads_with_zeros(rng):
     np.testing.assert_array_equal(y, expected)
 
 
+class Unpadded(fr.BasicBlock):
+    """A block whose author forgot the padding."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        branch = nn.Conv(self.planes, (3, 3), padding="VALID")(x)
+        return self.join(branch, self.downsample(x, train), train)
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
@@ -436,7 +446,12 @@ def test_identity_shortcut_subsamples_and_pads_with_zeros(rng):
         (fr.cifar_resnet8(strides=(1, 2)), (1, 32, 32, 3), "one entry a stage"),
         (fr.cifar_resnet8(shortcut="A"), (1, 32, 32, 3), "not 'A'"),
         (fr.cifar_resnet8(widths=(16, 8, 64)), (1, 32, 32, 3), "from 16 to 8 channels"),
-        (fr.resnetaa50(), (1, 48, 48, 3), r"branch is \[1, 1, 1, 2048\] and the shortcut"),
+        (fr.resnetaa50(), (1, 48, 48, 3), r"2, 2048\]: with antialias='average' an image has"),
+        (
+            fr.cifar_resnet8().clone(block=Unpadded),
+            (1, 8, 8, 3),
+            r"the shortcut \[1, 8, 8, 16\](\n|$)",
+        ),
     ],
 )
 def test_what_cannot_be_built_says_why(model, shape, message):
