@@ -14,7 +14,7 @@ the input cannot be used.
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from PIL import Image
 from scipy.special import softmax
 
 from flax_resnet.cli import Parser, run_program
+from flax_resnet.data.photos import Photos
+from flax_resnet.data.pictures import opened, upright
 from flax_resnet.errors import InputError, one_line
 from flax_resnet.evaluate import open_test_set
 from flax_resnet.maps import beside_its_map, has_maps, make_mapper
 from flax_resnet.predict import load_run_of_pictures, make_reader
 from flax_resnet.progress import say, warn
 from flax_resnet.runs import Run, make_classifier
+from flax_resnet.training.data import open_split
 
 _EXAMPLES = 8
 _TOP = 5
@@ -54,7 +57,9 @@ def make_answer(run: Run) -> Callable[[str | Path], Answer]:
         image = read(str(path))
         (logits,) = classify(image[None])
         probabilities = softmax(logits.astype(np.float64))
-        named = dict(zip(run.class_names, map(float, probabilities), strict=True))
+        # Of classes with one name the most probable is shown.
+        order = np.argsort(probabilities, stable=True)
+        named = {run.class_names[i]: float(probabilities[i]) for i in order}
         if activation_maps is None:
             return named, None
         (shown,) = activation_maps(image[None], logits[None].argmax(-1))
@@ -64,20 +69,41 @@ def make_answer(run: Run) -> Callable[[str | Path], Answer]:
 
 
 def write_examples(run: Run, folder: Path) -> list[str]:
-    """Writes test images, of as many classes as there are; none where they cannot be read."""
+    """Writes test pictures, of as many classes as there are; none where they cannot be read."""
     try:
-        data = open_test_set(run)
-        labels = data.read(np.arange(min(len(data), 100 * _EXAMPLES)))[1]
+        pictures = _test_pictures(run)
     except InputError as error:
         warn(f"there are no examples: {one_line(error)}")
         return []
-    _, firsts = np.unique(labels, return_index=True)
-    chosen = np.sort(firsts)[:_EXAMPLES]
-    paths = []
-    for i, image in zip(chosen, data.read(chosen)[0], strict=True):
-        paths.append(str(folder / f"{i}.png"))
-        Image.fromarray(image.squeeze()).save(paths[-1])
+    paths = [str(folder / f"{i}.png") for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
     return paths
+
+
+def _test_pictures(run: Run) -> list[Image.Image]:
+    """The first of each class, before what `make_reader` does to them."""
+    if run.config.image_size is None:
+        data = open_test_set(run)
+        chosen = _one_of_each(data.read(_first(data))[1])
+        return [Image.fromarray(image.squeeze()) for image in data.read(chosen)[0]]
+    data, _ = open_split(run.config, run.config.eval_split)
+    assert isinstance(data, Photos)
+    chosen = _one_of_each(data.pictures.files(_first(data))[1])
+    pictures = []
+    for file in data.pictures.files(chosen)[0]:
+        with opened(file) as picture:
+            pictures.append(upright(picture))
+    return pictures
+
+
+def _first(data: Sized) -> np.ndarray:
+    return np.arange(min(len(data), 100 * _EXAMPLES))
+
+
+def _one_of_each(labels: np.ndarray) -> np.ndarray:
+    _, firsts = np.unique(labels, return_index=True)
+    return np.sort(firsts)[:_EXAMPLES]
 
 
 def make_page(run: Run, examples: list[str]) -> Any:
@@ -91,7 +117,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
         import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("the page needs gradio: pip install gradio") from error
-    answer = make_answer(run)
+    answer, data = make_answer(run), run.brought.get("data", run.config.dataset)
 
     def shown(path: str | None) -> Any:
         if path is None:
@@ -103,7 +129,12 @@ def make_page(run: Run, examples: list[str]) -> Any:
 
     return gradio.Interface(
         shown,
-        gradio.Image(type="filepath", label="Picture", sources=["upload", "webcam", "clipboard"]),
+        gradio.Image(
+            type="filepath",
+            image_mode=None,  # the file as it is: `upright` knows what to do with transparency
+            label="Picture",
+            sources=["upload", "webcam", "clipboard"],
+        ),
         [
             gradio.Label(num_top_classes=_TOP, label="What it says"),
             gradio.Image(
@@ -111,7 +142,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
             ),
         ],
         title=run.workdir.resolve().name,
-        description=f"{run.config.model}, trained on {run.config.dataset}, {run.step:,} steps",
+        description=f"{run.config.model}, trained on {data}, {run.step:,} steps",
         examples=examples or None,
         cache_examples=False,
         live=True,
@@ -141,7 +172,7 @@ def _main(options: argparse.Namespace) -> int:
                 prevent_thread_lock=True,
                 allowed_paths=[folder],
             )
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:  # a port that is none, a proxy
             raise InputError(f"cannot listen on {options.host}:{options.port}: {error}") from error
         say(f"open http://{options.host}:{options.port} in a browser; Ctrl-C ends it")
         page.block_thread()

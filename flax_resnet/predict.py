@@ -39,6 +39,7 @@ from flax_resnet.maps import beside_its_map, has_maps, make_mapper
 from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
 from flax_resnet.training.data import sizing
+from flax_resnet.training.jsonfiles import user_path
 
 _BATCH_SIZE = 64
 _TOP = 5
@@ -114,7 +115,7 @@ def _main(options: argparse.Namespace) -> int:
         except InputError as error:
             skip(given, error)
 
-    write_maps = None if options.maps is None else _map_writer(run, Path(options.maps), paths)
+    write_maps = None if options.maps is None else _map_writer(run, user_path(options.maps), paths)
     read_one = make_reader(run)
 
     def read() -> Iterator[tuple[str, np.ndarray]]:

@@ -1,5 +1,6 @@
 """The command for the day a GPU is there, tried without."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import flax_resnet as fr
 from benchmarks import accelerator, parity
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +30,13 @@ def test_each_kind_of_stage_runs_on_a_cpu(tmp_path):
     for stage, text in (("parity", "bfloat16"), ("signal", "| 0 |"), ("step", "cifar_resnet8")):
         assert text in (output / f"{stage}.txt").read_text()
     assert list((output / "runs" / "profile").glob("plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("name", ["inference", "parity", "train_step"])
+def test_nets_of_a_benchmark_are_there(name, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script
+    assert set(importlib.import_module(name).NETS) <= set(fr.list_models())
 
 
 @pytest.mark.parametrize(
@@ -54,12 +63,12 @@ def test_shares_are_of_the_same_net_and_batch(tmp_path):
 
 
 def test_parity_tells_a_wrong_number(monkeypatch, capsys):
-    results = {"float32": ([1.0], [2.0]), "bfloat16": ([1.1], [2.1])}
+    results = {"float32": ([1.0], [2.0]), "bfloat16": ([1.05], [2.2])}
     monkeypatch.setattr(sys, "argv", ["parity.py", "--nets=net"])
     monkeypatch.setattr(parity, "results", lambda net, dtype, *_: results[dtype])
     with pytest.raises(SystemExit, match=r"^False$"):
         parity.main()
-    assert "| net | bfloat16 | 1.0e-01 | 5.0e-02 |" in capsys.readouterr().out
+    assert "| net | bfloat16 | 5.0e-02 | 1.0e-01 |" in capsys.readouterr().out
     results["bfloat16"] = ([1.0], [float("nan")])
     with pytest.raises(SystemExit, match=r"^True$"):
         parity.main()

@@ -159,7 +159,8 @@ def test_program_writes_figures(digits_dir, tmp_path, monkeypatch, capsys):
     assert len(numbers["nets"]["plain-110"]["loss"]) == 2
 
 
-def test_curves_of_a_run(finished, tmp_path, capsys):
+def test_curves_of_a_run(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     metrics = (finished[0] / "metrics.jsonl").read_text()
     # One run under four names: what is tried is the drawing.
     paths = [tmp_path / f"cifar_{name}.jsonl" for name in ("plain20", "plain56", "resnet20")]
@@ -167,18 +168,24 @@ def test_curves_of_a_run(finished, tmp_path, capsys):
         path.write_text(metrics)
     folder = tmp_path / "deep"
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text(metrics)
+    # As eval_every above 1 leaves it.
+    first, *rest = metrics.splitlines()
+    first = json.dumps(json.loads(first) | {"test_loss": None, "test_accuracy": None})
+    (folder / "metrics.jsonl").write_text("\n".join([first, *rest]))
     (folder / "config.json").write_text('{"model": "cifar_resnet56"}')
-    arguments = ["--parts", "curves", "--output", str(tmp_path), "--metrics", *map(str, paths)]
+    arguments = ["--parts", "curves", "--output", "~", "--metrics", *map(str, paths)]
 
     capsys.readouterr()
     run(arguments)
     missing = "--config.model=cifar_resnet56 --workdir runs/cifar_resnet56\n"
     assert capsys.readouterr().out.count(missing) == 1
     assert not (tmp_path / "curves.png").exists()
-    run([*arguments, str(folder)])
+    run([*arguments, "~/deep"])
     assert "cifar_resnet56: epoch " in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    drawn = json.loads((tmp_path / "curves.json").read_text())
+    epochs = {name: [record["epoch"] for record in records] for name, records in drawn.items()}
+    assert epochs["cifar_resnet56"] == epochs["cifar_plain20"][1:]
 
 
 @pytest.mark.parametrize(

@@ -188,10 +188,13 @@ def test_table(finished, pictures, call):
     assert all(line[:2] == "  " and "%  " in line for line in lines[1:6])
 
 
-def test_maps(finished, pictures, tmp_path, call):
+def test_maps(finished, pictures, tmp_path, call, monkeypatch):
     folder = tmp_path / "new" / "maps"
+    monkeypatch.setenv("HOME", str(tmp_path))
     given = pictures / "a.png", pictures / "below", pictures / "a.png"
-    code, _, err = call(predict, "--workdir", finished[0], "--quiet", "--maps", folder, *given)
+    code, _, err = call(
+        predict, "--workdir", finished[0], "--quiet", "--maps", "~/new/maps", *given
+    )
     assert (code, err) == (0, "")
     assert sorted(path.name for path in folder.iterdir()) == ["a-2.png", "a.png", "c.png"]
     both = np.asarray(Image.open(folder / "a.png"))

@@ -158,6 +158,7 @@ def flip_a_bit(folder):
         (lambda f: pipe(f / "metrics.jsonl"), "metrics.jsonl is not a file"),
         (lambda f: holes(f / "metrics.jsonl"), "cannot be read: it has 1,000,000,000,000 bytes"),
         (lambda f: change_line(f / "metrics.jsonl", epoch=10**400), "is damaged in line 1"),
+        (lambda f: change_line(f / "metrics.jsonl", gradient_norm="1"), "is damaged in line 1"),
         (lambda f: pipe(f / "checkpoints/32/manifest.json"), "manifest.json is not a file"),
         (lambda f: pipe(f / "checkpoints/32/_CHECKPOINT_METADATA"), "_METADATA is not a file"),
         (lambda f: pipe(f / "checkpoints/32/state/d/pipe"), "state/d/pipe is not a file"),

@@ -181,7 +181,7 @@ def test_onnx(folder, digits_dir):
     (folder / "to_onnx.py").write_text(code)
     small = "--config.model=resnet18 --config.image_size=64 --config.train_split=train[:64]"
     short = "--config.num_epochs=1 --config.eval_split=test[:64] --config.warmup_epochs=0.5"
-    command = "python train.py --config configs/digits_resnet8.py --workdir runs/photos"
+    command = "python train.py --config configs/digits_resnet8.py --workdir runs/pictures"
     run(command, folder, digits_dir, overrides=f"{small} {short}")
     run("python to_onnx.py", folder, digits_dir)
 

@@ -67,6 +67,7 @@ class Photos:
       keep: whether a picture stays decoded in memory once it is read; the images are the same.
 
     Attributes:
+      pictures: as given.
       image_shape: (image_size, image_size, channels).
       class_names: one name a class.
       random_crops: as given.
@@ -82,13 +83,13 @@ class Photos:
         random_crops: bool = False,
         keep: bool = False,
     ):
-        self._pictures, self._sizing = pictures, sizing
+        self.pictures, self._sizing = pictures, sizing
         self.random_crops, self._kept = random_crops, _Kept() if keep else None
         self.class_names = pictures.class_names
         self.image_shape = (sizing.image_size, sizing.image_size, sizing.channels)
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self.pictures)
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +103,7 @@ class Photos:
 
     def keeping(self) -> "Photos":
         """The same split, with `keep`."""
-        return Photos(self._pictures, self._sizing, random_crops=self.random_crops, keep=True)
+        return Photos(self.pictures, self._sizing, random_crops=self.random_crops, keep=True)
 
     def estimate_kept(self) -> int:
         """Bytes that `keep` will take, judged by the first pictures.
@@ -110,7 +111,7 @@ class Photos:
         Raises:
           InputError: if one of them cannot be read.
         """
-        files, _ = self._pictures.files(np.arange(min(_SAMPLE, len(self))))
+        files, _ = self.pictures.files(np.arange(min(_SAMPLE, len(self))))
         pixels = 0
         for i, file in enumerate(files):
             with self._named(i), opened(file) as image:
@@ -135,7 +136,7 @@ class Photos:
     def _read(
         self, index: np.ndarray, randoms: Iterable[np.random.Generator | None]
     ) -> tuple[np.ndarray, np.ndarray]:
-        files, labels = self._pictures.files(index)
+        files, labels = self.pictures.files(index)
         images = np.empty((len(index), *self.image_shape), np.uint8)
         for place, (i, file, random) in enumerate(zip(index, files, randoms, strict=True)):
             with self._named(i):
@@ -160,12 +161,12 @@ class Photos:
         try:
             yield
         except InputError as error:
-            raise InputError(f"{self._pictures.where(i)}: {error}") from error
+            raise InputError(f"{self.pictures.where(i)}: {error}") from error
 
     def load(self) -> Dataset:
         """All images, as in evaluation, in memory."""
         chunks = np.array_split(np.arange(len(self)), max(1, len(self) // 16))
-        what = f"reading {len(self)} pictures of {self._pictures.name}"
+        what = f"reading {len(self)} pictures of {self.pictures.name}"
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             parts = list(bar(threads.map(self.read, chunks), len(chunks), what, unit=" batches"))
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -18,6 +18,7 @@ from flax_resnet.errors import InputError
 from flax_resnet.lesson import figures, measure
 from flax_resnet.models import lab10_resnet50
 from flax_resnet.progress import bar, say, shows_bars
+from flax_resnet.training.jsonfiles import user_path
 
 _DESCRIPTION = """\
 Measures on real images what the lesson on skip connections explains, and draws it.
@@ -103,10 +104,11 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def main(options: argparse.Namespace) -> int:
     """Runs the parts that the command line asks for; returns the exit code."""
+    output = user_path(options.output)
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write into {options.output}: {error.strerror}") from error
+        raise InputError(f"cannot write into {output}: {error.strerror}") from error
     images = None
     for part in dict.fromkeys(options.parts):
         started = time.monotonic()
@@ -117,11 +119,11 @@ def main(options: argparse.Namespace) -> int:
         if numbers is None:
             continue
         try:
-            (options.output / f"{part}.json").write_text(json.dumps(numbers) + "\n")
-            draw(numbers, options.output / f"{part}.png")
+            (output / f"{part}.json").write_text(json.dumps(numbers) + "\n")
+            draw(numbers, output / f"{part}.png")
         except OSError as error:
-            raise InputError(f"cannot write into {options.output}: {error.strerror}") from error
-        say(f"{part}: {time.monotonic() - started:.0f} s, {options.output / part}.png")
+            raise InputError(f"cannot write into {output}: {error.strerror}") from error
+        say(f"{part}: {time.monotonic() - started:.0f} s, {output / part}.png")
     return 0
 
 
@@ -250,10 +252,11 @@ def measure_fields(options: argparse.Namespace, images: Images) -> dict[str, Any
 
 def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
     """The metrics of the four runs; None, with the commands that make them, if one lacks."""
-    paths = options.metrics
-    if paths is None:
+    if options.metrics is None:
         stored = [Path("docs/results") / f"{name}.jsonl" for name in figures.CURVES]
         paths = [path for path in stored if path.exists()]
+    else:
+        paths = [user_path(path) for path in options.metrics]
     found = dict(map(read_metrics, paths))
     missing = [name for name in figures.CURVES if name not in found]
     if not missing:
@@ -284,7 +287,8 @@ def read_metrics(path: Path) -> tuple[str, list[dict[str, float]]]:
             name = json.loads((path / "config.json").read_text())["model"]
         keys = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
         records = [json.loads(line) for line in file.read_text().splitlines()]
-        records = [{key: float(record[key]) for key in keys} for record in records]
+        evaluated = [record for record in records if record["test_accuracy"] is not None]
+        records = [{key: float(record[key]) for key in keys} for record in evaluated]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not hold the metrics of a run: {error!r}") from error
     if name not in figures.CURVES:

@@ -34,8 +34,23 @@ def max_pool2d(
     Returns:
       [N, (H + 2 * padding - size) // stride + 1, (W + 2 * padding - size) // stride + 1, C];
       NaN where the window has one. Of equal pixels the first takes the gradient.
+
+    Raises:
+      ValueError: for another size, stride or padding, or images smaller than the window.
     """
-    return _primitive.bind(x, size=size, stride=stride or size, padding=padding)[0]
+    stride = stride or size
+    # convolution.cc reads memory as these say.
+    if not (1 <= size <= 16 and stride >= 1 and 0 <= padding <= size / 2):
+        raise ValueError(
+            f"size={size} is from 1 to 16, stride={stride} at least 1, and padding={padding} at "
+            "least 0 and at most half of size"
+        )
+    if x.ndim != 4 or min(x.shape[1:3]) + 2 * padding < size:
+        raise ValueError(
+            f"images [N, H, W, C] of shape {x.shape} have no {size}x{size} pixels with "
+            f"padding={padding}"
+        )
+    return _primitive.bind(x, size=size, stride=stride, padding=padding)[0]
 
 
 def _windows(x: jax.Array, size: int, stride: int, padding: int, beyond: float) -> list[jax.Array]:

@@ -69,12 +69,12 @@ def _read(path: Path, *, is_shard: bool = False) -> Mapping[str, Any]:
             head = file.read(64)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    if head.startswith(b"{") and not is_shard:  # or an index might name itself
-        parts = (_read(shard, is_shard=True) for shard in shards(path))
-        return {name: value for part in parts for name, value in part.items()}
     # The length of a header of at most 100 MB, and the header, which is JSON.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27:
         return _read_safetensors(path)
+    if head.startswith(b"{") and not is_shard:  # or an index might name itself
+        parts = (_read(shard, is_shard=True) for shard in shards(path))
+        return {name: value for part in parts for name, value in part.items()}
     if head.startswith((b"PK", b"\x80")):  # a zip archive, as torch.save writes it, or a pickle
         return _read_pickle(path)
     reason = _guess(head) or "it is neither of safetensors nor of torch.save"

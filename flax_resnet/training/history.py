@@ -15,6 +15,8 @@ Record = dict[str, Any]
 # What a record has at least; the second ones may be null.
 _METRICS = ("epoch", "step", "train_loss", "train_accuracy", "images_per_second", "seconds")
 _OPTIONAL_METRICS = ("test_loss", "test_accuracy", "learning_rate")
+# Earlier versions lack these.
+_LATER_METRICS = ("gradient_norm",)
 # Of any version.
 _MOST_ROLLBACKS = 1000
 
@@ -86,6 +88,7 @@ def check_record(record: Any) -> None:
     """Raises ValueError, KeyError, TypeError or OverflowError for what is no `Record`."""
     check_numbers([record[name] for name in _METRICS])
     check_numbers([v for name in _OPTIONAL_METRICS if (v := record[name]) is not None])
+    check_numbers([record[name] for name in _LATER_METRICS if name in record])
 
 
 def check_numbers(values: Sequence[Any]) -> None:

@@ -180,6 +180,22 @@ def test_max_pool_agrees_with_torch(window, dtype, channels, rng):
     np.testing.assert_array_equal(np.asarray(by_images, np.float32)[0], to_nhwc(x.grad.float())[0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((1, 4, 4, 16), (2, 1, 3)),
+        ((1, 4, 4, 16), (2, 1, -1)),
+        ((1, 4, 4, 16), (2, -1, 0)),
+        ((1, 32, 32, 16), (17, 1, 0)),
+        ((1, 2, 4, 16), (3, 1, 0)),
+        ((4, 4, 16), (2, 2, 0)),
+    ],
+)
+def test_max_pool_of_what_is_no_window(shape, window):
+    with pytest.raises(ValueError, match=r"size=|have no"):
+        max_pool2d(jnp.ones(shape), *window)
+
+
 def test_max_pool_is_differentiated_in_every_way(rng):
     x, tangents = (rng.normal(size=(2, 3, 7, 6, 16)).astype(np.float32) for _ in range(2))
 

@@ -140,6 +140,14 @@ class TestSafetensors:
             cut.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
             assert_refused(cut, reason="cannot read .*cut.safetensors: ")
 
+    def test_header_of_any_length(self, path, variables):
+        # Its first byte is then "{", as in JSON.
+        whole = path.read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")
+        header = whole[8:end] + b" " * ((ord("{") - (end - 8)) % 256)
+        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+        chex.assert_trees_all_equal(fr.from_torch(MODEL, path), variables)
+
     def test_nothing_in_it(self, tmp_path):
         safetensors.numpy.save_file({}, tmp_path / "net.safetensors")
         assert_refused(

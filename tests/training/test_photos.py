@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import flax_resnet as fr
-from flax_resnet import evaluate, predict, progress
+from flax_resnet import demo, evaluate, predict, progress
 from flax_resnet.data import Sizing, channel_statistics, epoch_order
 from flax_resnet.data.pictures import read_for_evaluation
 from flax_resnet.training import check_config
@@ -132,12 +132,22 @@ def test_prediction_prepares_a_picture_as_evaluation_did(photos_run, pictures, c
     test = evaluate.open_test_set(run)
     probabilities = evaluate.evaluate(run, test).probabilities
     split, _ = open_split(run.config, "test")
-    paths = split._pictures.paths  # pyright: ignore[reportAttributeAccessIssue]
+    paths = split.pictures.paths  # pyright: ignore[reportAttributeAccessIssue]
     code, out, _ = call(predict, "--workdir", folder, "--json", *paths[:5])
     assert code == 0
     for i, line in enumerate(out.splitlines()):
         shown = {p["class"]: p["probability"] for p in json.loads(line)["predictions"]}
         assert shown["blue"] == pytest.approx(probabilities[i, 0], abs=1e-5)
+
+
+def test_examples_of_the_page_are_the_test_images(photos_run, tmp_path):
+    run = fr.load_run(photos_run[0])
+    test = evaluate.open_test_set(run)
+    images, labels = test.read(np.arange(len(test)))
+    expected = images[np.unique(labels, return_index=True)[1]]
+    read = predict.make_reader(run)
+    examples = [read(path) for path in demo.write_examples(run, tmp_path)]
+    np.testing.assert_array_equal(examples, expected)
 
 
 @pytest.mark.slow
