@@ -9,9 +9,9 @@ follows from it: 0.1 for 256, as in section 2.1 of the paper.
     python train.py --config configs/imagenet_resnet50.py:2048 --config.data_dir=DIR
 
 90 epochs, a tenth of the rate after 30, 60 and 80 of them, five epochs of warm-up (section 2.2);
-blocks begin as the identity, and neither BatchNorm nor biases decay (section 5.1). They report
-23.6% error. Label smoothing is not in the paper (C. Szegedy et al., arXiv:1512.00567). Ours: not
-run.
+Nesterov momentum, blocks begin as the identity, and neither BatchNorm nor biases decay (section
+5.1). They report 23.6% error. Label smoothing is not in the paper (C. Szegedy et al.,
+arXiv:1512.00567). Ours: not run.
 """
 
 from flax_resnet.training import default_config
@@ -39,7 +39,7 @@ def get_config(batch_size="256"):
     config.decay_at = (30 / 90, 60 / 90, 80 / 90)
     config.decay_factor = 0.1
     config.momentum = 0.9
-    config.nesterov = False
+    config.nesterov = True
     config.weight_decay = 1e-4
     config.decay_bn_and_bias = False
     config.label_smoothing = 0.1

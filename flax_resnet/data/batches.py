@@ -78,6 +78,22 @@ class Readable(Protocol):
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
+def read_for_epoch(
+    source: Readable, index: np.ndarray, seed: int, epoch: int, rollbacks: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some examples as an epoch of training reads them.
+
+    Args:
+      source: the training split; of `Photos` with random crops these are read.
+      index: of the examples.
+      seed, epoch, rollbacks: see `epoch_order`.
+    """
+    if isinstance(source, Photos) and source.random_crops:
+        randoms = (example_random(seed, epoch, int(i), rollbacks) for i in index)
+        return source.read_crops(index, randoms)
+    return source.read(index)
+
+
 @dataclass
 class TrainBatches:
     """The batches of a run, by the number of the step that they are for.
@@ -110,11 +126,7 @@ class TrainBatches:
         epoch, position = divmod(self.first + i, steps_per_epoch)
         order = epoch_order(self.seed, epoch, len(self.source), self.rollbacks)
         index = order[position * self.batch_size :][: self.batch_size][self.share]
-        if isinstance(self.source, Photos) and self.source.random_crops:
-            randoms = (example_random(self.seed, epoch, int(i), self.rollbacks) for i in index)
-            image, label = self.source.read_crops(index, randoms)
-        else:
-            image, label = self.source.read(index)
+        image, label = read_for_epoch(self.source, index, self.seed, epoch, self.rollbacks)
         return {"image": image, "label": label, "index": index}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -184,10 +185,17 @@ def _chunk(leaf: Any) -> int:
 
 
 def _shapes(tree: Any) -> dict[str, str]:
+    named = jax.tree_util.tree_leaves_with_path(jax.tree.map(_as_stored, tree))
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        for path, leaf in named
     }
+
+
+def _as_stored(leaf: Any) -> Any:
+    """Of a random key its numbers, as Orbax writes them."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
 
 
 def write_manifest(checkpoint: Path) -> None:

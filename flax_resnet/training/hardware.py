@@ -1,10 +1,17 @@
 """What a run works on."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+# By the controllers of a hierarchy: of version 2, and of version 1.
+_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
 
 
 def describe_hardware() -> dict[str, str]:
@@ -22,8 +29,24 @@ def describe_hardware() -> dict[str, str]:
 
 
 def host_memory() -> int:
-    """Bytes of this host's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may take: this host's, or its container's or job's."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_cgroup_limits()])
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """Bytes that the control groups of this process and those around them may take, on Linux."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers in _LIMITS:
+            innermost = _CGROUPS / controllers / group.lstrip("/")
+            # In a container the group may be named as on its host, and only the root be there.
+            for folder in (innermost, *innermost.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                    yield int((folder / _LIMITS[controllers]).read_text())
 
 
 def _cpu_model() -> str:

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.errors import InputError, short_reason
@@ -75,12 +77,16 @@ def fit_initial(
     return weights
 
 
-def start_from(weights: Weights, state: TrainState) -> TrainState:
+def start_from(
+    weights: Weights, state: TrainState, optimizer: optax.GradientTransformation
+) -> TrainState:
     """The state before the first step with these weights, and its own where there are none."""
+    if not weights:
+        return state
     variables: dict[tuple[str, ...], Any] = flatten_dict(state.variables)
     for path, new in weights.items():
         # A copy: the state is donated to the first step, and a rollback may come here again.
         variables[path] = jax.device_put(jnp.array(new), variables[path].sharding)
-    trees = unflatten_dict(variables)
-    state = state.replace(params=trees["params"], batch_stats=trees.get("batch_stats", {}))
-    return state.replace(ema=jax.tree.map(jnp.copy, state.variables)) if state.ema else state
+    # The optimizer may keep what it begins with.
+    create = partial(TrainState.create, optimizer=optimizer, ema=bool(state.ema))
+    return jax.jit(create, out_shardings=state.step.sharding)(unflatten_dict(variables))

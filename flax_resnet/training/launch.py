@@ -166,11 +166,11 @@ def _newest(plan: Plan, checkpoints: Checkpoints) -> tuple[TrainState, History]:
         return checkpoints.restore(shapes)
     if plan.scans_blocks:  # many blocks, each of which would be compiled
         state = jax.device_put(create(key), everywhere)
-        return start_from(plan.initial, state), History()
+        return start_from(plan.initial, state, plan.optimizer), History()
     # It runs once: seconds of optimisation would not pay.
     options = {"xla_backend_optimization_level": "0"}
     program = jax.jit(create, out_shardings=everywhere, compiler_options=options)
-    return start_from(plan.initial, program(key)), History()
+    return start_from(plan.initial, program(key), plan.optimizer), History()
 
 
 def _train_on(

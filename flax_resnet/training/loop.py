@@ -93,6 +93,11 @@ class Loop:
             self._save()
         self.checkpoints.finish()
 
+    def _keep_if_alone(self) -> None:
+        """Writes what is done, where a file is gone, say: of which other hosts know nothing."""
+        if jax.process_count() == 1:  # else Orbax would wait for them
+            self._keep()
+
     def _advance(self) -> None:
         """Takes the next step, or the next few in one call."""
         called, left = time.perf_counter(), self._end_of_epoch - self._step
@@ -100,8 +105,8 @@ class Loop:
         self.profiler.before(self._step, count)
         try:
             self.state, metrics = self.feed.advance(self.state, self._step, count)
-        except InputError:  # a file that is gone, say
-            self._keep()
+        except InputError:
+            self._keep_if_alone()
             raise
         self._step += count
         self.profiler.after(self._step, self.state)
@@ -145,7 +150,8 @@ class Loop:
         """
         done = len(self.history.losses) - (self._steps_fetched - step)
         means = self.history.means(max(0, done - self.plan.config.log_every), done)
-        images = done * self.plan.config.batch_size
+        # Of all steps of the epoch that are done, as the seconds: a call may have done more.
+        images = len(self.history.losses) * self.plan.config.batch_size
         return {
             "step": step,
             "epoch": len(self.history.records) + 1,
@@ -163,7 +169,11 @@ class Loop:
             return {"test_loss": None, "test_accuracy": None}
         for writer in self.writers:
             writer.evaluating(epoch)
-        test = self.feed.evaluate(self.state, self.signals.ask)
+        try:
+            test = self.feed.evaluate(self.state, self.signals.ask)
+        except InputError:
+            self._keep_if_alone()
+            raise
         if test is None:
             self._stop()
         if not math.isfinite(test["loss"]):

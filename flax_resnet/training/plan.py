@@ -138,6 +138,11 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
         learning_rate=learning_rate,
         total_steps=total_steps,
     )
+    if plan.scans_blocks and not own.optimizer and config.optimizer in ("lars", "lamb"):
+        raise InputError(
+            f"optimizer {config.optimizer!r} goes by the norm of each array, and scan_blocks=True "
+            "makes one of those of many blocks: leave out one of the two"
+        )
     _check_shapes(plan)
     return plan
 
@@ -230,6 +235,9 @@ def _check_shapes(plan: Plan) -> None:
                 f"model {plan.model_name} gives {_words(logits)} for {size} images of {classes} "
                 f"classes, not logits [{size}, {classes}]"
             )
+    if "optimizer" in plan.brought:
+        params = variable_shapes(plan.model, plan.data.train.image_shape)["params"]
+        _attempt("optimizer", partial(jax.eval_shape, partial(_one_update, plan.optimizer), params))
     if "loss" in plan.brought:
         logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
         losses = _shape_of("loss", plan.loss, logits, jax.ShapeDtypeStruct((size,), jnp.int32))
@@ -238,6 +246,10 @@ def _check_shapes(plan: Plan) -> None:
                 f"loss gives {_words(losses)} for {size} examples, not one number for each, "
                 f"[{size}]"
             )
+
+
+def _one_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    return optimizer.update(params, optimizer.init(params), params)
 
 
 def _shape_of(what: str, function: Callable[..., Any], *arguments: Any) -> jax.ShapeDtypeStruct:

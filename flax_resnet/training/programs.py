@@ -124,6 +124,7 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
             loss=plan.loss,
             accumulation_steps=config.accumulation_steps,
             dropout_key=keys.dropout,
+            frozen=config.freeze,
         )
         return update_ema(state, config.ema_decay) if config.ema_decay else state, metrics
 
@@ -143,7 +144,8 @@ def make_eval_step(plan: Plan) -> EvalStep:
 @jax.jit
 def is_finite(state: TrainState) -> jax.Array:
     """Whether every number of a state is one: bool []."""
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]))
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]))
 
 
 # Images lie on the device as rows of pixels. In four dimensions a TPU would have the examples

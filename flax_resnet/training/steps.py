@@ -53,8 +53,8 @@ class TrainState(flax.struct.PyTreeNode):
             step=jnp.int32(0),
             params=params,
             batch_stats=batch_stats,
-            opt_state=optimizer.init(params),
             # Copies: no array of a state may be given to the next step twice.
+            opt_state=jax.tree.map(jnp.copy, optimizer.init(params)),
             ema=jax.tree.map(jnp.copy, average) if ema else {},
         )
 
@@ -116,6 +116,7 @@ def train_step(
     loss: Loss = cross_entropy,
     accumulation_steps: int = 1,
     dropout_key: Key[Array, ""] | None = None,
+    frozen: Sequence[str] = (),
 ) -> tuple[TrainState, Metrics]:
     """One step of training.
 
@@ -132,6 +133,7 @@ def train_step(
       accumulation_steps: parts of the batch; divides N.
       dropout_key: of dropout and stochastic depth, the same in every step of a run: what a
         step draws depends on it, the number of the step and the part of the batch.
+      frozen: what the optimizer leaves as it is, named as in `Config.freeze`.
 
     Returns:
       The state after the step, with `ema` as it was, and metrics: the batch's mean "loss" and
@@ -175,7 +177,7 @@ def train_step(
     else:
         carry, (grads, metrics) = _in_parts(part, carry, batch, accumulation_steps)
     batch_stats, _ = carry
-    metrics |= _gradient_norms(grads, getattr(model, "frozen", ()))
+    metrics |= _gradient_norms(grads, frozen)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(
         step=state.step + 1,
@@ -224,7 +226,7 @@ def split_layers(norms: np.ndarray, params: Any, frozen: Sequence[str] = ()) -> 
     Args:
       norms: [steps, L].
       params: as in the state of these steps, for their shapes.
-      frozen: field of the model.
+      frozen: see `train_step`.
 
     Returns:
       A tree like `params` of the kernels that are not frozen, [steps] each; where kernels of

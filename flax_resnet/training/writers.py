@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from flax_resnet.data.batches import read_for_epoch
 from flax_resnet.errors import InputError
 from flax_resnet.progress import Progress, duration, say, warn
 from flax_resnet.training import programs, tensorboard
@@ -175,7 +176,7 @@ class TensorBoard(Writer):
     """Two event files, the second, in test/, of the test split; see `tensorboard`."""
 
     def __init__(self, plan: Plan, state: TrainState, history: History):
-        self._frozen = getattr(plan.model, "frozen", ())
+        self._frozen = plan.config.freeze
         self._layer_norms: list[np.ndarray] = []
         self._writer = tensorboard.open_writer(plan.workdir, int(state.step))
         self._test_writer = tensorboard.open_writer(plan.workdir / "test", int(state.step))
@@ -208,10 +209,13 @@ class TensorBoard(Writer):
 
 
 def _first_inputs(plan: Plan, rollbacks: int) -> np.ndarray:
-    """The first training images as the model sees them in its first epoch."""
+    """The first training images as they are cropped, flipped, ... in the first epoch.
+
+    What random_erasing, mixup and cutmix make of them is not in it.
+    """
     train = plan.data.train
     index = np.arange(min(_IMAGES_SHOWN, len(train)))
-    images, _ = train.read(index)
+    images, _ = read_for_epoch(train, index, plan.config.seed, 0, rollbacks)
     augment = programs.make_augment(plan, rollbacks)
     return np.asarray(jax.jit(augment)(images, index, 0))
 

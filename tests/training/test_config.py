@@ -66,6 +66,7 @@ FACTS = {
     "photos": {"model": "resnet18", "crop": "resized", "image_size": 128, "normalize": "auto"},
     "imagenet_resnet50": {"model": "resnet50", "num_epochs": 90, "learning_rate": 0.1,
                           "batch_size": 256, "warmup_epochs": 5.0, "weight_decay": 1e-4,
+                          "momentum": 0.9, "nesterov": True,
                           "decay_bn_and_bias": False, "crop": "resized", "image_size": 224},
     "finetune": {"init_from": "", "freeze": ("conv1", "bn1", "layer1"), "learning_rate": 0.01},
 }  # fmt: skip

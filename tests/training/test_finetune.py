@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
 from flax_resnet.models.freezing import is_frozen
 from flax_resnet.training import check_config, create_state, make_optimizer, train_step
 from flax_resnet.training.checkpoint_files import choose_checkpoint, read_variables
 from flax_resnet.training.config import Config
-from flax_resnet.training.initial import fit_initial
+from flax_resnet.training.initial import fit_initial, start_from
 from tests.training.test_train import changed, read_metrics, train_until
 
 FREEZE = ("conv1", "bn1", "layer1", "layer2.*.bn?")
@@ -70,6 +71,18 @@ def test_steps_are_those_of_torch(rng):
     expected = fr.from_torch(model, twin.state_dict())
     chex.assert_trees_all_close(state.params, expected["params"], rtol=1e-4, atol=1e-4)
     assert_only_others_changed(variables, state.variables)
+
+
+def test_the_optimizer_begins_with_the_weights_too():
+    optimizer = optax.contrib.schedule_free(optax.sgd(0.1), 0.1)
+    model = fr.ResNet(fr.BasicBlock, (1,), 10, widths=(8,), strides=(1,))
+    state = create_state(model, optimizer, jax.random.key(0), (8, 8, 3), ema=True)
+    ones = jax.tree.map(jnp.ones_like, state.variables)
+    weights: Any = flatten_dict(ones)
+    started: Any = start_from(weights, state, optimizer)
+    chex.assert_trees_all_equal(started.opt_state.z, ones["params"])
+    chex.assert_trees_all_equal(started.variables, ones)
+    chex.assert_trees_all_equal(started.ema, ones)
 
 
 def test_frozen_layers_have_no_momentum():

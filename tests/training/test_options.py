@@ -27,6 +27,7 @@ from flax_resnet.training import (
 )
 from flax_resnet.training.config import Config
 from flax_resnet.training.history import History
+from flax_resnet.training.loop import Loop
 from tests.training.plans import MODEL, planned
 from tests.training.test_train import (
     changed,
@@ -235,6 +236,16 @@ def test_steps_are_logged(undisturbed, options):
     assert read_metrics(folder)[-1]["train_loss"] == pytest.approx(mean, rel=1e-6)
     shown = [(event.step, event.value) for event in read_events(folder).Scalars("step/loss")]
     np.testing.assert_allclose(shown, [(line["step"], line["loss"]) for line in lines], rtol=1e-6)
+
+
+def test_speed_is_of_all_steps_that_took_the_seconds():
+    history = History(seconds=2.0)
+    history.add_steps(dict.fromkeys(("loss", "accuracy", "gradient_norm"), np.ones(16)))
+    unused: Any = None
+    plan = planned(Config(batch_size=8))
+    loop = Loop(plan, unused, unused, unused, unused, unused, unused, history)
+    # One call has done sixteen steps, and the second of them has a line.
+    assert loop._record_of_steps(2)["images_per_second"] == 16 * 8 / 2
 
 
 def test_an_epoch_begins_with_nothing_of_the_one_before():

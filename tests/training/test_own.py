@@ -364,6 +364,10 @@ class WithoutTrain(nn.Module):
             "gives a function for a learning rate, not an optax.Grad",
         ),
         (
+            {"optimizer": optax.contrib.reduce_on_plateau()},
+            "optimizer cannot be used: TypeError: .*'value'",
+        ),
+        (
             {"augment": lambda images, keys: images[0]},
             r"augment gives uint8\[8, 8, 3\], not images",
         ),
@@ -401,6 +405,31 @@ def test_own_optimizer_leaves_alone_what_is_frozen():
         updates: Any = optimizer.update(params, optimizer.init(params), params)[0]
         np.testing.assert_array_equal(updates["conv1"]["kernel"], np.zeros(3))
         np.testing.assert_array_equal(updates["fc"]["kernel"], np.full(3, -0.5))
+
+
+def test_optimizer_with_a_random_key_goes_on_to_the_same_bits(tmp_path):
+    own = {"model": CNN(), "data": DATA, "optimizer": lambda rate: optax.noisy_sgd(rate, key=0)}
+    whole = fr.train(CONFIG, tmp_path, **own)
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    resumed = fr.train(CONFIG, tmp_path, **own)
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+def test_norms_of_layers_would_be_those_of_many(tmp_path):
+    model = fr.cifar_resnet8(num_classes=3, scan_blocks=True)
+    with pytest.raises(fr.InputError, match="'lars' goes by the norm of each array"):
+        fr.train(CONFIG | {"optimizer": "lars"}, tmp_path, model=model, data=DATA)
+
+
+class Frozen(CNN):
+    """A field that means nothing to the trainer."""
+
+    frozen: bool = True
+
+
+def test_model_with_a_field_called_frozen(tmp_path):
+    state = fr.train(CONFIG | {"num_epochs": 1}, tmp_path, model=Frozen(), data=DATA)
+    assert state.step == 3
 
 
 def test_model_of_ours_with_frozen_parts(tmp_path):

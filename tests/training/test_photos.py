@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import chex
 import jax
@@ -19,10 +20,13 @@ from tqdm import tqdm
 import flax_resnet as fr
 from flax_resnet import demo, evaluate, predict, progress
 from flax_resnet.data import Sizing, channel_statistics, epoch_order
+from flax_resnet.data.batches import example_random
 from flax_resnet.data.pictures import read_for_evaluation
-from flax_resnet.training import check_config
+from flax_resnet.training import check_config, writers
 from flax_resnet.training.data import open_split
 from flax_resnet.training.loop import Loop
+from flax_resnet.training.own import Own
+from flax_resnet.training.plan import make_plan
 from tests.data.test_pictures import draw, encoded
 from tests.training.test_train import read_metrics, steps_kept, train_until, without_timing
 
@@ -105,23 +109,26 @@ def test_another_folder_is_refused(photos_run, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_picture_that_vanishes_loses_nothing(photos_run, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_picture_that_vanishes_loses_nothing(photos_run, pictures, tmp_path, monkeypatch, split):
     _, expected = photos_run
     copy = shutil.copytree(pictures, tmp_path / "pictures")
-    gone = copy / "train" / "red" / "1.png"
-    advance = Loop._advance
+    gone = copy / split / "red" / "1.png"
+    advance, done = Loop._advance, []
 
     def take_away(self):
         if self._step == 6:
             gone.unlink(missing_ok=True)
         advance(self)
+        done.append(self._step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_advance", take_away)
         with pytest.raises(fr.InputError, match=r"red/1\.png: No such file or directory"):
             fr.train(config_of(copy, data_feed="stream"), tmp_path / "run")
-    assert 6 <= steps_kept(tmp_path / "run")[-1] < 15
-    shutil.copy(pictures / "train" / "red" / "1.png", gone)
+    assert steps_kept(tmp_path / "run")[-1] == done[-1] >= 6
+    assert len(read_metrics(tmp_path / "run")) < 3
+    shutil.copy(pictures / split / "red" / "1.png", gone)
     state = fr.train(config_of(copy), tmp_path / "run")
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
 
@@ -138,6 +145,17 @@ def test_prediction_prepares_a_picture_as_evaluation_did(photos_run, pictures, c
     for i, line in enumerate(out.splitlines()):
         shown = {p["class"]: p["probability"] for p in json.loads(line)["predictions"]}
         assert shown["blue"] == pytest.approx(probabilities[i, 0], abs=1e-5)
+
+
+def test_tensorboard_shows_the_random_crops(pictures, tmp_path):
+    config = check_config(config_of(pictures, horizontal_flip=False))
+    plan = make_plan(config, tmp_path / "run", Own())
+    index = np.arange(40)
+    shown = writers._first_inputs(plan, 0)
+    train: Any = plan.data.train
+    randoms = (example_random(config.seed, 0, int(i)) for i in index)
+    np.testing.assert_array_equal(shown, train.read_crops(index, randoms)[0])
+    assert (shown != train.read(index)[0]).mean() > 0.5
 
 
 def test_examples_of_the_page_are_the_test_images(photos_run, tmp_path):

@@ -126,7 +126,8 @@ def test_what_is_frozen_costs_nothing(monkeypatch, optimized):
         optimizer = make_optimizer(Config(freeze=frozen, **SGD), optax.constant_schedule(0.1))
         state = make_state(optimizer)
         batch = {"image": jnp.ones((8, 8, 8, 3)), "label": jnp.arange(8)}
-        step = partial(train_step, model=MODEL.clone(frozen=frozen), optimizer=optimizer)
+        model = MODEL.clone(frozen=frozen)
+        step = partial(train_step, model=model, optimizer=optimizer, frozen=frozen)
         program = jax.jit(step).lower(state, batch).compile()
         cost = program.cost_analysis()
         assert cost is not None
