@@ -303,7 +303,7 @@ def test_images_of_tfds_that_differ_in_size(tmp_path, crop):
     fr.train(config | {"num_epochs": 1}, tmp_path / "run")
     split, _ = open_split(check_config(config), "test[10:13]")
     images, labels = split.read(np.arange(3))
-    files, _ = split._pictures.files(np.arange(3))  # pyright: ignore[reportAttributeAccessIssue]
+    files, _ = split.pictures.files(np.arange(3))  # pyright: ignore[reportAttributeAccessIssue]
     for image, file in zip(images, files, strict=True):
         with Image.open(file) as decoded:
             expected = read_for_evaluation(encoded(decoded), Sizing(16, 18))
