@@ -470,7 +470,7 @@ def _go_on(plan: Any, checkpoints: Any) -> None:
 def _start_worker(caches: str) -> None:
     """Imports what the programs import, and says where what they compile is kept."""
     os.environ["GLIBC_TUNABLES"] = ""  # or train.py would start itself again
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # for what it starts; JAX itself is imported already
     os.environ["XDG_CACHE_HOME"] = caches
     os.environ.pop("TFDS_DATA_DIR", None)
     # Of semaphores with names, as a spawned process makes them, the forks would leave theirs.
@@ -478,6 +478,8 @@ def _start_worker(caches: str) -> None:
     warnings.simplefilter("ignore")  # of JAX, for forks: it has not started here
 
     import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
     from flax_resnet import evaluate, predict, report  # noqa: F401
 

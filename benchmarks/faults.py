@@ -40,8 +40,19 @@ def start(workdir: Path, data: str, feed: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", "--config=configs/digits_resnet8.py"]
     command += [f"--workdir={workdir}", f"--config.data_dir={data}", f"--config.data_feed={feed}"]
     command += [f"--config.{key}={value}" for key, value in OPTIONS.items()]
-    with (workdir.parent / f"{workdir.name}.log").open("a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True)
+    with log_of(workdir).open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stderr=log)
+
+
+def log_of(workdir: Path) -> Path:
+    return workdir.with_name(f"{workdir.name}.log")
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> None:
+    """Waits for a run that nobody kills."""
+    if process.wait():
+        last = "\n".join(log_of(workdir).read_text().splitlines()[-20:])
+        raise RuntimeError(f"a run ended with {process.returncode}:\n{last}")
 
 
 def kill(
@@ -56,8 +67,7 @@ def kill(
             os.kill(process.pid, number)
             return process.wait() in (-number, 128 + number)
         time.sleep(0.001)
-    if process.returncode:
-        raise RuntimeError(f"a run ended with {process.returncode}: see {workdir}.log")
+    finish(process, workdir)
     return False
 
 
@@ -96,7 +106,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         peace = Path(folder) / "peace"
-        start(peace, folder, arguments.feed).wait()
+        finish(start(peace, folder, arguments.feed), peace)
         kills = resumes = 0
         runs: list[Path] = []
         while not runs or kills < arguments.kills:
@@ -106,7 +116,7 @@ def main() -> None:
                 process = start(workdir, folder, arguments.feed)
                 starts += 1
                 if kills == arguments.kills:
-                    process.wait()
+                    finish(process, workdir)
                     break
                 if not kill(process, workdir, number, while_writing=bool(kills % 2)):
                     break

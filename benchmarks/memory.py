@@ -33,7 +33,7 @@ def peak(images: int, feed: str) -> float:
         _, status, usage = os.wait4(run.pid, 0)
     if status:
         sys.exit(f"train.py has failed, status {status}")
-    return usage.ru_maxrss / 1e3
+    return usage.ru_maxrss * 1024 / 1e6
 
 
 def main() -> None:

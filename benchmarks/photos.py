@@ -210,7 +210,7 @@ def memory() -> float:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 total += int(line.split()[1])
-    return total / 1e3
+    return total * 1024 / 1e6
 
 
 def main() -> None:

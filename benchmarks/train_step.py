@@ -48,7 +48,7 @@ def prepare_ours(net: str, batch_size: int, image_size: int = 32) -> Callable[[i
     if os.environ.get("GLIBC_TUNABLES") == KEEP_MEMORY:
         reuse_memory()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    model = fr.create_model(net, num_classes=10, dtype=dtype)
+    model = fr.create_model(net, dtype=dtype)
     optimizer = make_optimizer(Config(nesterov=False), lambda step: 0.1)
     shape = (image_size, image_size, 3)
     state = jax.jit(partial(create_state, model, optimizer, image_shape=shape))(jax.random.key(0))
@@ -147,6 +147,11 @@ def prepare_matmul(size: int) -> Callable[[int], None]:
     return run
 
 
+def digits(rate: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.3g}"
+
+
 def work(connection: Connection, prepare: Callable, arguments: tuple) -> None:
     """A process that runs as many steps as it is told to and answers with the seconds."""
     # Else the first process would take most of a GPU's memory.
@@ -166,7 +171,8 @@ class Worker:
     def __init__(self, prepare: Callable, *arguments, keep_memory: bool, seconds: float = 3.0):
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, prepare, arguments))
+        # Else the program would wait for the others where one of them fails.
+        self.process = context.Process(target=work, args=(other, prepare, arguments), daemon=True)
         # glibc reads it when the process starts.
         os.environ["GLIBC_TUNABLES"] = KEEP_MEMORY if keep_memory else ""
         self.process.start()
@@ -258,7 +264,7 @@ def measure(
         rate = flops(net, image_size) * batch_size / ours
         print(
             f"| {net} | {batch_size} | {'kept' if kept else 'default'} "
-            f"| {batch_size / ours:.3g} | {batch_size / torch:.3g} ({best}) "
+            f"| {digits(batch_size / ours)} | {digits(batch_size / torch)} ({best}) "
             f"| {statistics.median(ratios):.2f} "
             f"| {rate / 1e9:.0f} | {rate / matmul_rate:.0%} of {matmul_rate / 1e9:.0f} |",
             flush=True,

@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import train_step
@@ -94,8 +95,10 @@ def torch_loop(net: str, batch_size: int, steps: int, variant: str = VARIANT) ->
 
 
 def in_a_process(measure: Callable, *arguments) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, arguments)
+    # Not a Pool, which would wait for ever for a process that has died.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
 def matmul_flops(size: int) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flax_resnet as fr
-from benchmarks import accelerator, parity
+from benchmarks import accelerator, parity, train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,8 @@ def test_a_stage_ends_in_its_time_and_leaves_what_it_printed(tmp_path, code, end
 def test_shares_are_of_the_same_net_and_batch(tmp_path):
     row = "| h100 | cifar_resnet18 | 128 | 300 | 3 | 1 | 0 | 400 | 1 | 1.00 | 100,000 |"
     (tmp_path / "roofline.txt").write_text(row + "\n")
-    steps = [f"| cifar_resnet18 | {n} | default | 25000 | 9 (eager) | 2 | 1 |" for n in (128, 512)]
+    rate = train_step.digits(25000)
+    steps = [f"| cifar_resnet18 | {n} | default | {rate} | 9 (eager) | 2 | 1 |" for n in (128, 512)]
     (tmp_path / "step.txt").write_text("\n".join(steps))
     assert accelerator.shares(tmp_path).splitlines()[2:] == [
         "| cifar_resnet18 | 128 | 25,000 | 100,000 | 25% |"

@@ -163,7 +163,7 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
         picture = (folder / "digit.png").read_bytes()
         answer = ""
         for _ in range(60):
-            with contextlib.suppress(urllib.error.URLError):
+            with contextlib.suppress(OSError):
                 answer = urllib.request.urlopen(f"http://127.0.0.1:{port}", picture).read()
                 break
             time.sleep(1)
