@@ -200,17 +200,17 @@ def run(stage: Stage, output: Path, seconds: float) -> dict[str, Any]:
 
 def shares(output: Path) -> str:
     """Images a second of our steps as a share of what the roofline allows, by net and batch."""
-    rates: dict[str, dict[tuple[str, str], float]] = {"roofline": {}, "step": {}}
+    rates: dict[str, dict[tuple[str, str], float]] = {}
     for name, net, batch, rate in (("roofline", 2, 3, 11), ("step", 1, 2, 4), ("step50", 1, 2, 4)):
-        path = output / f"{name}.txt"
+        path, found = output / f"{name}.txt", rates.setdefault(name, {})
         for line in path.read_text().splitlines() if path.exists() else []:
             cells = [cell.strip() for cell in line.split("|")]
             if len(cells) > rate and re.fullmatch(r"[\d,.]+", cells[rate]):
-                kind = name.removesuffix("50")
-                rates[kind][cells[net], cells[batch]] = float(cells[rate].replace(",", ""))
+                found[cells[net], cells[batch]] = float(cells[rate].replace(",", ""))
     lines = ["| net | batch | images/s | at best | share |", "|---|---:|---:|---:|---:|"]
+    steps = rates["step"] | rates["step50"]
     for (net, batch), best in rates["roofline"].items():
-        if measured := rates["step"].get((net, batch)):
+        if measured := steps.get((net, batch)):
             lines.append(
                 f"| {net} | {batch} | {measured:,.0f} | {best:,.0f} | {measured / best:.0%} |"
             )
@@ -250,6 +250,11 @@ def main() -> None:
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
     output = arguments.output.absolute()
+    device = describe_device()
+    if device == "cpu" and not arguments.smoke:
+        parser.error(
+            "JAX sees no GPU or TPU here: see docs/how-to/gpu-tpu.md; --smoke goes without"
+        )
     try:
         output.mkdir(parents=True)
     except FileExistsError:
@@ -260,11 +265,6 @@ def main() -> None:
     if arguments.data_dir:
         os.environ["TFDS_DATA_DIR"] = str(arguments.data_dir.absolute())
 
-    device = describe_device()
-    if device == "cpu" and not arguments.smoke:
-        parser.error(
-            "JAX sees no GPU or TPU here: see docs/how-to/gpu-tpu.md; --smoke goes without"
-        )
     cards = {"H100": "h100", "A100": "a100", "v5 lite": "v5e", "v6 lite": "v6e"}
     card = next((card for name, card in cards.items() if name in device), None)
     print(f"on {device}", flush=True)

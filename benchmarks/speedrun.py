@@ -5,10 +5,10 @@
 Both train the recipe's net on one device from the same weights, with the same learning rates,
 weight decay, label smoothing and augmentation, the data on the device; float32 on a CPU,
 bfloat16 compute on a GPU. Ours is train.py; PyTorch's is the fastest variant of train_step.py.
-They take turns, each run in a process of its own, on a CPU with memory
-kept; round i has seed i. Seconds are of the steps of all epochs, batches included: not of
-compilation, evaluation and what ours writes between two epochs. Accuracies are of the whole
-test split, without test-time augmentation.
+They take turns, each run in a process of its own, on a CPU with memory kept; round i has seed i.
+Seconds are of the steps of all epochs, batches included: not of compilation, evaluation and what
+ours writes between two epochs. Accuracies are of the whole test split, without test-time
+augmentation.
 """
 
 import argparse

@@ -117,7 +117,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
         import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("the page needs gradio: pip install gradio") from error
-    answer, data = make_answer(run), run.brought.get("data", run.config.dataset)
+    answer = make_answer(run)
 
     def shown(path: str | None) -> Any:
         if path is None:
@@ -142,7 +142,7 @@ def make_page(run: Run, examples: list[str]) -> Any:
             ),
         ],
         title=run.workdir.resolve().name,
-        description=f"{run.config.model}, trained on {data}, {run.step:,} steps",
+        description=f"{run.config.model}, trained on {run.data_name}, {run.step:,} steps",
         examples=examples or None,
         cache_examples=False,
         live=True,

@@ -69,10 +69,19 @@ class Run:
     versions: dict[str, str]
     hardware: dict[str, str]
 
+    @property
+    def model_name(self) -> str:
+        """Of the model, also where a script brought it."""
+        return self.brought.get("model", self.config.model)
+
+    @property
+    def data_name(self) -> str:
+        """Of the data set, also where a script brought it."""
+        return self.brought.get("data", self.config.dataset)
+
     def __repr__(self) -> str:
-        model = self.brought.get("model", self.config.model)
         tested = "" if self.test_accuracy is None else f", test accuracy {self.test_accuracy:.2%}"
-        return f"<Run in {self.workdir}: {model} at step {self.step}{tested}>"
+        return f"<Run in {self.workdir}: {self.model_name} at step {self.step}{tested}>"
 
 
 def load_run(

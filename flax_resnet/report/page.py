@@ -121,16 +121,15 @@ def _numbers(
         speed = float(np.median([record["images_per_second"] for record in records]))
         numbers["training speed"] = Number(speed, f"{speed:,.0f}", "images a second")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.variables["params"]))
-    model = run.brought.get("model", run.config.model)
-    return numbers | {"parameters": Number(parameters, f"{parameters:,}", model)}
+    return numbers | {"parameters": Number(parameters, f"{parameters:,}", run.model_name)}
 
 
 def _facts(run: Run) -> dict[str, str]:
     """What stands under the title."""
     config = run.config
     return {
-        "model": run.brought.get("model", config.model),
-        "data": run.brought.get("data", config.dataset),
+        "model": run.model_name,
+        "data": run.data_name,
         "splits": "-" if "data" in run.brought else f"{config.train_split}, {config.eval_split}",
         "checkpoint": f"the newest, step {run.step:,}",
         "evaluated in": np.dtype(getattr(run.model, "dtype", None) or np.float32).name,

@@ -1,7 +1,9 @@
 """What a run does, from its newest checkpoint to its last step."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -93,21 +95,23 @@ class Loop:
             self._save()
         self.checkpoints.finish()
 
-    def _keep_if_alone(self) -> None:
-        """Writes what is done, where a file is gone, say: of which other hosts know nothing."""
-        if jax.process_count() == 1:  # else Orbax would wait for them
-            self._keep()
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Writes what is done where something cannot be read within, a file that is gone, say."""
+        try:
+            yield
+        except InputError:
+            if jax.process_count() == 1:  # other hosts know nothing, and Orbax would wait for them
+                self._keep()
+            raise
 
     def _advance(self) -> None:
         """Takes the next step, or the next few in one call."""
         called, left = time.perf_counter(), self._end_of_epoch - self._step
         count = self.feed.steps_a_call if left >= self.feed.steps_a_call else 1
         self.profiler.before(self._step, count)
-        try:
+        with self._reading():
             self.state, metrics = self.feed.advance(self.state, self._step, count)
-        except InputError:
-            self._keep_if_alone()
-            raise
         self._step += count
         self.profiler.after(self._step, self.state)
         self._running.append(metrics)
@@ -169,11 +173,8 @@ class Loop:
             return {"test_loss": None, "test_accuracy": None}
         for writer in self.writers:
             writer.evaluating(epoch)
-        try:
+        with self._reading():
             test = self.feed.evaluate(self.state, self.signals.ask)
-        except InputError:
-            self._keep_if_alone()
-            raise
         if test is None:
             self._stop()
         if not math.isfinite(test["loss"]):
