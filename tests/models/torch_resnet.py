@@ -347,12 +347,15 @@ def train_step(
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Random parameters and statistics of BatchNorm and GroupNorm, so that none drops out.
+    """Random parameters and statistics of all layers, so that none drops out.
 
-    The biases are away from zero, and with them the inputs of most ReLUs.
+    Those of PyTorch's generator, always the same, whichever nets were made before. The biases of
+    BatchNorm and GroupNorm are away from zero, and with them the inputs of most ReLUs.
     """
     torch.manual_seed(0)
     for m in module.modules():
+        if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear):
+            m.reset_parameters()
         if isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)
             side = torch.randint(0, 2, m.bias.shape) * 2 - 1

@@ -156,7 +156,7 @@ def test_signal_ends_the_program(program, begun, signals, codes):
         for number in signals:
             process.send_signal(number)
         rest = process.stderr.read()
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 60  # of a busy machine
     assert process.returncode in codes
     assert "Traceback" not in rest
 
