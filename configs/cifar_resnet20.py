@@ -3,8 +3,8 @@
     python train.py --config configs/cifar_resnet20.py
 
 64k steps of batch 128, the learning rate divided by 10 after 32k and 48k. They report
-8.75% test error. Ours for half of the steps: see docs/results.md. One thing differs: they
-subtract the mean of each pixel, we normalise by the mean and standard deviation of each channel.
+8.75% test error; ours is in docs/results.md. One thing differs: they subtract the mean of each
+pixel, we normalise by the mean and standard deviation of each channel.
 """
 
 from flax_resnet.training import default_config
