@@ -45,8 +45,9 @@ from flax_resnet.models.stacking import stack_trees
 class ResidualBlock(nn.Module):
     """What all blocks have: their fields, their shortcut, and how the two paths meet.
 
-    Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), expansion * planes]. A block
-    of your own derives from this one or from one below, and calls `downsample` and `join`.
+    Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), expansion * planes]; with
+    antialias="average" H and W are multiples of the stride. A block of your own derives from
+    this one or from one below, and calls `downsample` and `join`.
 
     Attributes:
       planes: channels of the block's 3x3 convolutions.
@@ -204,7 +205,10 @@ class ResidualBlock(nn.Module):
             shortcut keeps.
         """
         if shortcut is not None and branch.shape != shortcut.shape:
-            hint = ": with antialias='average' an image has a multiple of 32 pixels a side"
+            hint = (
+                ": with antialias='average' an image's sides are multiples of what the net "
+                "divides them by, 32 as a rule"
+            )
             raise ValueError(
                 f"the residual branch is {list(branch.shape)} and the shortcut "
                 f"{list(shortcut.shape)}{hint if self.antialias == 'average' else ''}"
@@ -392,8 +396,8 @@ class ResNet(nn.Module):
         time to compile does not grow with their number. The variables have the same
         names and values either way; see also `stack_blocks`. Of collections and rngs these
         blocks get params, batch_stats and "dropout" alone, and what Flax captures of modules
-        inside is not there. On a CPU where XLA does the convolutions (several
-        devices, or no compiler) its steps are slow.
+        inside is not there. On a CPU where XLA does the convolutions (see
+        flax_resnet/models/convolution.py) its steps are slow.
       bn_splits: see `BatchNorm`.
       frozen: names, as PyTorch has them, of modules whose BatchNorms keep their running
         statistics and normalise by them in training too, such as ("bn1", "layer1");

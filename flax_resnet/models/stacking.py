@@ -38,6 +38,11 @@ def stack_blocks(tree: Any) -> Any:
     return jax.tree.map(stack, tree, is_leaf=_has_blocks)
 
 
+def is_stacked(path: Sequence[str]) -> bool:
+    """Whether the array of this path is one of many blocks."""
+    return any(name.startswith("layer") and name.endswith("_rest") for name in path)
+
+
 def unstack_blocks(tree: Any) -> Any:
     """Undoes `stack_blocks`.
 

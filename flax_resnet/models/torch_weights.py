@@ -118,9 +118,10 @@ def input_channels(state_dict: Mapping[str, Any]) -> int | None:
 def with_channels(state_dict: Mapping[str, Any], channels: int) -> dict[str, Any]:
     """The same for images of another number of channels, as timm's adapt_input_conv.
 
-    For one channel the first convolution's kernels are summed over the channels, so that
-    gray pictures give what they gave when repeated; for any other number they are
-    repeated and scaled, so that equal channels do.
+    For one channel the first convolution's kernels are summed over the channels, so that gray
+    pictures give what they gave when repeated, unless its kernels are standardized. For any other
+    number they are repeated and scaled; equal channels then give what they gave where that is a
+    multiple of the number before, and about as much elsewhere.
     """
     adapted = dict(state_dict)
     for name in _FIRST_CONVOLUTIONS:

@@ -380,8 +380,12 @@ ecaresnetlight = _wang(
 # Zhang: anti-aliased, by a blur or, in timm's resnetaa, by means.
 resnetblur50 = _zhang("resnetblur50", resnet50, 25.56, 5.13, "timm:bt_in1k", antialias="blur")
 resnetaa50 = _zhang("resnetaa50", resnet50, 25.56, 5.13, "timm:a1h_in1k", antialias="average")
-resnetaa50d = _zhang("resnetaa50d", resnet50d, 25.58, 5.37, "timm:d_in12k", antialias="average")
-resnetaa101d = _zhang("resnetaa101d", resnet101d, 44.57, 9.08, "timm:sw_in12k", antialias="average")
+resnetaa50d = _zhang(
+    "resnetaa50d", resnet50d, 25.58, 5.37, "timm:sw_in12k_ft_in1k", antialias="average"
+)
+resnetaa101d = _zhang(
+    "resnetaa101d", resnet101d, 44.57, 9.08, "timm:sw_in12k_ft_in1k", antialias="average"
+)
 seresnextaa101d_32x8d = _zhang(
     "seresnextaa101d_32x8d", seresnext101d_32x8d, 93.59, 17.2, "timm:ah_in1k", antialias="average"
 )
@@ -390,7 +394,7 @@ seresnextaa201d_32x8d = _zhang(
     seresnextaa101d_32x8d,
     149.4,
     34.3,
-    "timm:sw_in12k",
+    "timm:sw_in12k_ft_in1k_384",
     layers=(3, 24, 36, 4),
     stem_width=128,
 )
@@ -448,21 +452,31 @@ resnetv2_50x3_bit = _kolesnikov(
     resnetv2_50x1_bit,
     217.3,
     36.1,
-    "timm:goog_in21k",
+    "timm:goog_in21k_ft_in1k",
     widths=(192, 384, 768, 1536),
 )
 resnetv2_101x1_bit = _kolesnikov(
-    "resnetv2_101x1_bit", resnetv2_50x1_bit, 44.54, 7.8, "timm:goog_in21k", layers=(3, 4, 23, 3)
+    "resnetv2_101x1_bit",
+    resnetv2_50x1_bit,
+    44.54,
+    7.8,
+    "timm:goog_in21k_ft_in1k",
+    layers=(3, 4, 23, 3),
 )
 resnetv2_101x3_bit = _kolesnikov(
-    "resnetv2_101x3_bit", resnetv2_50x3_bit, 387.9, 69.5, "timm:goog_in21k", layers=(3, 4, 23, 3)
+    "resnetv2_101x3_bit",
+    resnetv2_50x3_bit,
+    387.9,
+    69.5,
+    "timm:goog_in21k_ft_in1k",
+    layers=(3, 4, 23, 3),
 )
 resnetv2_152x2_bit = _kolesnikov(
     "resnetv2_152x2_bit",
     resnetv2_50x1_bit,
     236.3,
     45.8,
-    "timm:goog_in21k",
+    "timm:goog_in21k_ft_in1k",
     layers=(3, 8, 36, 3),
     widths=(128, 256, 512, 1024),
 )
@@ -471,7 +485,7 @@ resnetv2_152x4_bit = _kolesnikov(
     resnetv2_50x1_bit,
     936.5,
     183.0,
-    "timm:goog_in21k",
+    "timm:goog_in21k_ft_in1k",
     layers=(3, 8, 36, 3),
     widths=(256, 512, 1024, 2048),
 )

@@ -10,6 +10,7 @@ from flax.traverse_util import path_aware_map
 
 from flax_resnet.errors import InputError
 from flax_resnet.models.freezing import is_frozen
+from flax_resnet.models.stacking import is_stacked
 from flax_resnet.training.config import Config
 
 # The learning rate of what muon does not take, as a share of its own.
@@ -108,7 +109,7 @@ def make_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.Gradi
             )
             optimizer = optax.multi_transform(
                 {"muon": muon, "adamw": adamw},
-                partial(jax.tree.map, lambda leaf: "muon" if leaf.ndim > 3 else "adamw"),
+                partial(jax.tree.map_with_path, _muon_or_adamw),
             )
     if config.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -129,6 +130,11 @@ def without_frozen(
         return path_aware_map(label, params)
 
     return optax.multi_transform({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _muon_or_adamw(path, leaf):
+    names = [key.key for key in path]
+    return "muon" if leaf.ndim - is_stacked(names) > 3 else "adamw"
 
 
 def _as_matrices(kernels):

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int32, Key
 
 from flax_resnet.models.freezing import is_frozen
+from flax_resnet.models.stacking import is_stacked
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
@@ -203,7 +204,7 @@ def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:
     flat: dict[tuple[str, ...], Any] = flatten_dict(grads)
     # Without what is frozen: the compiler leaves out the gradients that nobody asks for.
     trained = {path: g for path, g in flat.items() if not is_frozen(("params", *path), frozen)}
-    kernels = [_squares_by_column(kernel) for kernel in _kernels(grads, frozen).values()]
+    kernels = [_squares_by_column(*item) for item in _kernels(grads, frozen).items()]
     others = [jnp.square(g).ravel() for path, g in trained.items() if path[-1] != "kernel"]
     # All at once: a GPU would take longer to start a sum for each than to do it.
     width = max((squares.shape[1] for squares in kernels), default=0)
@@ -213,10 +214,10 @@ def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:
     return {"gradient_norm": jnp.sqrt(total), "layer_gradient_norms": norms}
 
 
-def _squares_by_column(kernel: jax.Array) -> jax.Array:
+def _squares_by_column(path: tuple[str, ...], kernel: jax.Array) -> jax.Array:
     """Sums of the squares of each output channel, [kernels on top of each other, channels]."""
     squares = jnp.atleast_1d(jnp.square(kernel))
-    squares = squares.sum(range(squares.ndim - _kernel_rank(squares), squares.ndim - 1))
+    squares = squares.sum(range(is_stacked(path), squares.ndim - 1))
     return squares.reshape(-1, squares.shape[-1])
 
 
@@ -235,12 +236,11 @@ def split_layers(norms: np.ndarray, params: Any, frozen: Sequence[str] = ()) -> 
     kernels = _kernels(params, frozen)
     if not kernels:
         return {}
-    stacked = {path: kernel.ndim > _kernel_rank(kernel) for path, kernel in kernels.items()}
-    counts = [len(kernel) if stacked[path] else 1 for path, kernel in kernels.items()]
+    counts = [len(kernel) if is_stacked(path) else 1 for path, kernel in kernels.items()]
     parts = np.split(norms.T, np.cumsum(counts)[:-1])
     return unflatten_dict(
         {
-            path: part if stacked[path] else part[0]
+            path: part if is_stacked(path) else part[0]
             for path, part in zip(kernels, parts, strict=True)
         }
     )
@@ -253,11 +253,6 @@ def _kernels(tree: Any, frozen: Sequence[str]) -> dict[tuple[str, ...], Any]:
         for path in sorted(flat)
         if path[-1] == "kernel" and not is_frozen(("params", *path), frozen)
     }
-
-
-def _kernel_rank(array: Any) -> int:
-    # Convolutions have four axes; one before them is of blocks on top of each other.
-    return min(array.ndim, 4)
 
 
 def _in_parts(part, carry, batch, count):

@@ -16,6 +16,7 @@ from flax_resnet.models.layers import Conv, EfficientChannelAttention, blur_pool
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.models.variants import VARIANTS
+from flax_resnet.training.data import published_statistics
 from tests.models import timm_nets, torch_resnet
 
 torch = pytest.importorskip("torch")
@@ -38,6 +39,7 @@ SOME = [
     "resnetv2_34d",
 ]
 THEIRS = {*timm.list_models(module="resnet"), *timm.list_models(module="resnetv2")}
+assert THEIRS.issuperset(SOME)
 NAMES = [
     pytest.param(name, marks=() if name in SOME else pytest.mark.full)
     for name in fr.list_models()
@@ -101,6 +103,7 @@ LAYERS = {
 def test_gradients_of_a_layer(name):
     layer: Any
     layer, make = LAYERS[name]
+    torch.manual_seed(0)
     theirs: Any = make().double()
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 11, 14, 48)).astype(np.float32)
@@ -127,6 +130,14 @@ def test_gradients_of_a_layer(name):
     if params:
         error = np.linalg.norm(ours["kernel"] - gradient)
         assert error <= 1e-4 * np.linalg.norm(gradient)
+
+
+@pytest.mark.parametrize("name", [name for name in fr.list_models() if VARIANTS[name].hub_id()])
+def test_published_weights_have_our_classes_and_normalisation(name):
+    published = timm.models.get_pretrained_cfg(str(VARIANTS[name].hub_id()).removeprefix("timm/"))
+    assert published.num_classes == 1000
+    (mean, std), _ = published_statistics(name)
+    assert (tuple(published.mean), tuple(published.std)) == (mean, std)
 
 
 @pytest.mark.parametrize("name", sorted(THEIRS & {*fr.list_models()}))

@@ -97,7 +97,7 @@ def test_step_is_that_of_torch(rng, label_smoothing):
 
 @pytest.mark.slow
 def test_gradient_norms_of_blocks_on_top_of_each_other(rng):
-    model = MODEL.clone(layers=(1, 3))
+    model = MODEL.clone(layers=(1, 3), eca=True)
     optimizer = make_optimizer(Config(**SGD), optax.constant_schedule(0.1))
     state = jax.jit(partial(create_state, model, optimizer, image_shape=(8, 8, 3)))(
         jax.random.key(0)
