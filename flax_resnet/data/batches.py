@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags, logging
 
 from flax_resnet.data.photos import Photos
-from flax_resnet.errors import InputError
+from flax_resnet.errors import InputError, short_reason
 from flax_resnet.progress import hush_libraries
 
 Arrays = dict[str, np.ndarray]
@@ -176,7 +176,8 @@ def stream(
     it, which therefore does so under `if __name__ == "__main__":`.
 
     Raises:
-      InputError: if the script cannot be imported, or would begin anew in each of them.
+      InputError: if the script cannot be imported, or would begin anew in each of them; if the
+        split cannot be pickled for them; if one of them dies.
     """
     if workers:
         _check_script()
@@ -188,6 +189,8 @@ def stream(
         traceback.clear_frames(error.__traceback__)  # which hold batches too
         gc.collect()
         _remove_memory_of(prefix)
+        if reason := _reason_of_grain(error):
+            raise InputError(reason) from error
         raise
     finally:
         gc.collect()  # Grain leaves the last batch in a cycle, and the memory that it shares
@@ -211,6 +214,22 @@ def _check_script() -> None:
             f"the processes that read the data import {script}, and would run it: put what it "
             f'does under if __name__ == "__main__":, {advice}'
         )
+
+
+def _reason_of_grain(error: Exception) -> str | None:
+    """What is wrong with the split or the machine, for which Grain has no exceptions of its own."""
+    if any("cannot be pickled" in note for note in getattr(error, "__notes__", ())):
+        return (
+            f"the processes that read the data cannot be given it: {short_reason(error)}; open "
+            "files when an example is first asked for, or set stream_workers=0"
+        )
+    if match := re.search("Worker process was terminated .* exit code (-?[0-9]+)", str(error)):
+        return (
+            f"a process that reads the data has died (exit code {match[1]}), mostly of too little "
+            "memory, or of too little in /dev/shm (Docker: --shm-size): fewer stream_workers take "
+            "less, and stream_workers=0 none"
+        )
+    return None
 
 
 def _read(
@@ -284,7 +303,11 @@ def _remove_memory_of(prefix: str) -> None:
         for name in os.listdir(_SHARED_MEMORY):
             if name.startswith(prefix):
                 with contextlib.suppress(OSError):
-                    memory = shared_memory.SharedMemory(name)
+                    try:
+                        memory = shared_memory.SharedMemory(name)
+                    except ValueError:  # empty: its process was killed just then
+                        os.unlink(os.path.join(_SHARED_MEMORY, name))
+                        continue
                     memory.close()
                     memory.unlink()
 

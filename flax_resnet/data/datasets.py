@@ -44,6 +44,9 @@ LARGEST_IMAGE = 2**28
 _LARGEST_EXAMPLE = 2 * LARGEST_IMAGE
 _MOST_CLASSES = 10**6
 
+# A split that takes more bytes is not decoded for a small part of it.
+_LARGE = 2**30
+
 # And these of the files that TFDS reads whole, in bytes, by the endings of their names; the
 # second has the names of the classes.
 _MOST_BYTES = {".json": 2**23, ".txt": 2**25}
@@ -206,6 +209,10 @@ class Source:
     def load(self) -> Dataset:
         """The split in memory, as `load_dataset` returns it."""
         names = {name for name, _, _ in self._ranges}
+        examples = sum(self._builder.info.splits[name].num_examples for name in names)
+        all_bytes = examples * int(np.prod(self.image_shape))
+        if self.can_be_streamed and 2 * len(self) < examples and all_bytes > _LARGE:
+            return self._load_alone()
         whole = {name: _load_whole(self._builder, name, self._label_key) for name in names}
         images = [whole[name][0][start:stop] for name, start, stop in self._ranges]
         labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in self._ranges])
@@ -215,6 +222,15 @@ class Source:
             labels,
             self.class_names,
         )
+
+    def _load_alone(self) -> Dataset:
+        """`load` of a small part of what is large, without the rest and its cache."""
+        images, labels = np.empty((len(self), *self.image_shape), np.uint8), []
+        parts = np.array_split(np.arange(len(self)), -(-len(self) // 1024))
+        for index in bar(parts, len(parts), f"decoding a part of {self.name}", unit=" parts"):
+            images[index], some = self.read(index)
+            labels.append(some)
+        return Dataset(images, np.concatenate(labels), self.class_names)
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads examples.
@@ -552,17 +568,22 @@ def _decode(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarray, 
     examples = bar(
         map(_Decoder(builder, label_key), _records(builder, split)), count, what, unit=" images"
     )
-    images, labels = [], []
+    images, labels = np.empty(0), np.empty(count, np.int32)
+    shapes, done = set(), 0
     try:
         for image, label in examples:
-            images.append(image)
-            labels.append(label)
-        if len(images) != count:
-            raise ValueError(f"{split} has {len(images)} examples of {count}")
+            if not shapes:
+                images = np.empty((count, *image.shape), np.uint8)
+            shapes.add(image.shape)
+            if len(shapes) == 1 and done < count:
+                images[done], labels[done] = image, label
+            done += 1
+        if done != count:
+            raise ValueError(f"{split} has {done} examples of {count}")
     except Exception as error:  # of the file readers, the protocol buffers and the decoders
         raise InputError(_damaged(builder.name, builder.data_path, error)) from error
-    _check_sizes(builder, {image.shape for image in images})
-    return np.stack(images), np.array(labels, np.int32)
+    _check_sizes(builder, shapes)
+    return images, labels
 
 
 def _check_labels(builder: _Builder, labels: np.ndarray, num_classes: int) -> None:

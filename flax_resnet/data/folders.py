@@ -42,10 +42,13 @@ class Folder:
         if not path:
             raise InputError("no folder is named: it is dataset=folder:PATH")
         root = Path(os.path.expanduser(path))
-        self.name = printable(root.resolve().name)
-        if not root.is_dir():
+        self.name = printable(os.path.basename(os.path.realpath(root)))
+        try:
+            is_folder, has_splits = root.is_dir(), (root / "train").is_dir()
+        except OSError as error:  # not to be looked into, a name too long
+            raise InputError(f"{root} cannot be read: {error.strerror}") from error
+        if not is_folder:
             raise InputError(f"there is no folder {root}")
-        has_splits = (root / "train").is_dir()
         folders = {f.name: f for f in _folders(root)} if has_splits else {"train": root}
         for name in _EVALUATION:
             there = [folders[other] for other in _EVALUATION if other in folders]

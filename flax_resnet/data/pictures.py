@@ -29,6 +29,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _ATTEMPTS = 10
+_MOST_SIDES = 64  # that the longer side of a picture has of the shorter
 # Of a file: uncompressed the most pixels that Pillow takes have fewer, and bytes between them it
 # reads one by one.
 _MOST_BYTES = 2**30
@@ -231,6 +232,10 @@ def read_for_evaluation(source: Picture, sizing: Sizing) -> np.ndarray:
 def middle(image: Image.Image, sizing: Sizing) -> np.ndarray:
     """Of a decoded picture: see `read_for_evaluation`."""
     short = min(image.size)
+    if max(image.size) > _MOST_SIDES * short:
+        # The ends of a strip are not seen, and would take gigabytes where it is a pixel wide.
+        left, top = (max(0, (side - _MOST_SIDES * short) // 2) for side in image.size)
+        image = image.crop((left, top, image.width - left, image.height - top))
     width, height = (int(sizing.eval_resize * side / short) for side in image.size)
     size = sizing.image_size
     resized = image.resize((width, height), INTERPOLATIONS[sizing.interpolation])

@@ -49,14 +49,16 @@ class Config:
     # The mean and standard deviation by which images are normalised: those of the training images
     # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, in units of full
     # white: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
-    # weights were trained with: the other run's numbers, or ImageNet's for published weights.
+    # weights were trained with: the other run's numbers; for published weights ImageNet's,
+    # or 0.5 for a resnetv2.
     normalize: str = "auto"
     # "resident" keeps the decoded data set in the memory of every device. "stream" reads it from
     # disk all the time, with `stream_workers` processes on each host for each of the two splits
     # (0: in the run's own process). "auto" streams a data set that would take over a quarter of
-    # the memory. The batches are the same. Pictures with crop "resized" are always streamed.
-    # Unless "stream" is set, those that fit in a quarter of the host's memory stay decoded
-    # there, and `stream_workers` threads read them.
+    # the device's memory or the host's; of the host's each process of the run on it has its
+    # part. The batches are the same. Pictures with crop "resized" are always streamed. Unless
+    # "stream" is set, those that fit in a quarter of the host's memory stay decoded there, and
+    # `stream_workers` threads read them.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
     # "padded" moves each training image by up to `crop_padding` pixels, and black comes in from

@@ -27,15 +27,17 @@ from flax_resnet.data import (
 )
 from flax_resnet.errors import InputError
 from flax_resnet.progress import say
+from flax_resnet.training import hosts
 from flax_resnet.training.config import Config, numbers_of
 from flax_resnet.training.hardware import host_memory
 from flax_resnet.training.jsonfiles import read_json, user_path
 
-# The rest of the memory is for activations, gradients and the optimizer.
 _SHARE_OF_MEMORY = 0.25
+_BYTES_AT_ONCE = 4 << 20  # four times as many where they are squared
 FOLDER = "folder:"
 # Of ImageNet's training images, as torchvision and timm have them.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OF_RESNETV2 = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # as timm has them in resnetv2.py
 
 Split = Dataset | Source | ExampleSource | Photos
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -62,10 +64,32 @@ class Data:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Bytes that data may take: the rest is for activations, gradients and the optimizer.
+
+    Attributes:
+      device: in the memory of every device.
+      host: in this process's share of the host's.
+    """
+
+    device: int
+    host: int
+
+
+def find_room(mesh: Mesh) -> Room:
+    """The same on all hosts, which are to decide alike."""
+    host = host_memory() // hosts.count_here()
+    stats = mesh.local_devices[0].memory_stats() or {}
+    # A CPU's memory is the host's, of which each device has a part.
+    device = stats.get("bytes_limit", host // len(mesh.local_devices))
+    return Room(*(int(_SHARE_OF_MEMORY * least) for least in hosts.least((device, host))))
+
+
 def open_data(
     config: Config,
     workdir: Path,
-    mesh: Mesh,
+    room: Room,
     own: tuple[Dataset | Examples, Dataset | Examples] | None = None,
 ) -> Data:
     """Loads the splits of a run, or only opens them where they do not fit.
@@ -73,7 +97,7 @@ def open_data(
     Args:
       config: names them.
       workdir: of the run, which may have begun.
-      mesh: whose memory counts.
+      room: for the data.
       own: (train, test) in place of those of the config.
 
     Raises:
@@ -84,7 +108,7 @@ def open_data(
     if own is None:
         name = config.dataset
         if name.startswith(FOLDER):
-            name = FOLDER + Path(name.removeprefix(FOLDER)).resolve().name
+            name = FOLDER + os.path.basename(os.path.realpath(name.removeprefix(FOLDER)))
         train, facts["train"] = open_split(config, config.train_split, training=True)
         test, facts["test"] = open_split(config, config.eval_split)
     else:
@@ -102,7 +126,7 @@ def open_data(
             )
 
     crops = isinstance(train, Photos) and train.random_crops
-    is_resident = not crops and _fits(config, mesh, train, test)
+    is_resident = not crops and _fits(config, room, train, test)
     if is_resident:
         train, test = map(_load, (train, test))
     else:
@@ -114,10 +138,9 @@ def open_data(
                 )
         # Pictures would else be decoded again in every epoch and every evaluation.
         if config.data_feed != "stream":
-            room = _SHARE_OF_MEMORY * host_memory()
-            if test.nbytes <= room:
+            if test.nbytes <= room.host:
                 test = _load(test)
-            if isinstance(train, Photos) and train.estimate_kept() <= room:
+            if isinstance(train, Photos) and train.estimate_kept() <= room.host:
                 train = train.keeping()
     mean, std = _normalization(config, workdir, train, facts)
     return Data(train, test, mean, std, name, is_resident, facts)
@@ -216,18 +239,13 @@ def _load(split: Split) -> Dataset:
     return split if isinstance(split, Dataset) else split.load()
 
 
-def _fits(config: Config, mesh: Mesh, train: Split, test: Split) -> bool:
+def _fits(config: Config, room: Room, train: Split, test: Split) -> bool:
     """Whether the splits are to lie in memory."""
     if config.data_feed != "auto":
         return config.data_feed == "resident"
     cannot_be_streamed = isinstance(train, Source) and not train.can_be_streamed
-    return cannot_be_streamed or train.nbytes + test.nbytes <= _SHARE_OF_MEMORY * _memory(mesh)
-
-
-def _memory(mesh: Mesh) -> int:
-    """Bytes of a device's memory, or of the host's where that is what the device has."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit", host_memory())
+    # The host decodes them.
+    return cannot_be_streamed or train.nbytes + test.nbytes <= min(room.device, room.host)
 
 
 # Normalisation.
@@ -244,7 +262,7 @@ def _normalization(
     if how == "auto":
         how = "data"
         if config.init_from:
-            how = _of_source(config.init_from) if stored is None else _stored(stored, begun)
+            how = _of_source(config) if stored is None else _stored(stored, begun)
     if how == "imagenet":
         how = _IMAGENET
     if isinstance(how, str):
@@ -254,23 +272,31 @@ def _normalization(
     if len(how[0]) != channels:
         raise InputError(
             f"normalize={config.normalize} is of {len(how[0])} channels, and the images have "
-            f"{channels}"
+            f"{channels}: --config.normalize=data is of as many"
         )
     return how
 
 
-def _of_source(init_from: str) -> Statistics:
+def _of_source(config: Config) -> Statistics:
     """What the weights were trained with; says so."""
-    path = user_path(init_from) / "dataset.json"
+    assert config.init_from
+    path = user_path(config.init_from) / "dataset.json"
     if os.path.isdir(path.parent):
-        statistics, whose = _stored(read_json(path), path), f"the run in {init_from}"
+        statistics, whose = _stored(read_json(path), path), f"of the run in {config.init_from}"
     else:
-        statistics, whose = _IMAGENET, "ImageNet's, as published weights mostly want them"
+        statistics, whose = published_statistics(config.model)
     say(
-        f"images are normalised by mean and standard deviation of {whose}; "
+        f"images are normalised by mean and standard deviation {whose}; "
         "--config.normalize=data takes those of the data"
     )
     return statistics
+
+
+def published_statistics(model: str) -> tuple[Statistics, str]:
+    """Of the images that most published weights of a named net were trained on; in words too."""
+    if model.startswith("resnetv2_"):
+        return _OF_RESNETV2, "0.5, as timm's weights of such nets want them"
+    return _IMAGENET, "of ImageNet's images, as published weights mostly want them"
 
 
 def _stored(content: Mapping[str, Any], path: Path) -> Statistics:
@@ -286,8 +312,8 @@ def _stored(content: Mapping[str, Any], path: Path) -> Statistics:
 def _measure(config: Config, train: Split) -> Statistics:
     """Over all training images, as they are in evaluation."""
     if isinstance(train, Dataset):
-        chunks = np.array_split(train.images, max(1, len(train) // 1024))
-        return channel_statistics(chunks)
+        count = min(len(train), 1 + train.images.nbytes // _BYTES_AT_ONCE)
+        return channel_statistics(np.array_split(train.images, count))
     batches = EvalBatches(train, min(config.eval_batch_size, len(train)), slice(None))
     with contextlib.closing(read_ahead(batches, config)) as read:
         return channel_statistics(b["image"][b["mask"]] for b in read)

@@ -160,9 +160,12 @@ def write_description(
         }
     )
     path = workdir / "dataset.json"
-    # A key that an earlier version did not write is not compared.
-    if path.exists() and dataset | read_json(path) != dataset:
-        raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
+    if path.exists():
+        stored = read_json(path)  # a key that an earlier version did not write is not compared
+        if data.name.startswith(FOLDER):  # it may have another name: the pictures are compared
+            stored["name"] = data.name
+        if dataset | stored != dataset:
+            raise InputError(f"the data is not what the run in {workdir} began with: see {path}")
     write_json(path, dataset)
     content = without_replaced(dataclasses.asdict(config), brought)
     write_json(workdir / "config.json", content | ({BROUGHT: brought} if brought else {}))

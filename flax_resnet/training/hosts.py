@@ -5,7 +5,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -177,6 +178,23 @@ def on_first_host(function: Callable[[], None]) -> None:
             error = raised
     if from_first_host(error is not None):
         raise error or InputError("the first host cannot go on, and says why")
+
+
+def count_here() -> int:
+    """How many processes of the run share this machine, or this container, and its memory."""
+    name = np.int32(zlib.crc32(socket.gethostname().encode()) >> 1)
+    return int((_of_all(name) == name).sum())
+
+
+def least(values: Sequence[int]) -> list[int]:
+    """The least of each over all processes, to 1 MiB."""
+    return [int(value) << 20 for value in _of_all(np.array(values) >> 20).min(0)]
+
+
+def _of_all(value: Any) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(value)[np.newaxis]
+    return np.asarray(multihost_utils.process_allgather(np.int32(value)))
 
 
 def from_first_host(value: bool) -> bool:

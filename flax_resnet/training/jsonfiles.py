@@ -90,10 +90,10 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """A path as a user names it; ~ stands for a home folder.
 
     Raises:
-      InputError: if there is no such home, or it is no path.
+      InputError: if there is no such home, or it is no path of this machine.
     """
-    if "\0" in os.fspath(path):
-        raise InputError(f"{short_reason(path)} is no path")
+    if "\0" in os.fspath(path) or "://" in os.fspath(path):
+        raise InputError(f"{short_reason(path)} is no path of this machine")
     try:
         return expanded(path)
     except ValueError as error:

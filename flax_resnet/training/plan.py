@@ -21,7 +21,7 @@ from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import files, hosts
 from flax_resnet.training.compilation import keep_compiled_programs
 from flax_resnet.training.config import Config
-from flax_resnet.training.data import Data, open_data
+from flax_resnet.training.data import Data, find_room, open_data
 from flax_resnet.training.initial import Weights, fit_initial, read_initial
 from flax_resnet.training.mesh import make_mesh, platform
 from flax_resnet.training.optimizer import (
@@ -106,7 +106,8 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
     if mesh.size == 1 and platform(mesh) == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.load, daemon=True).start()
-    data = hosts.first_host_first("data", partial(open_data, config, workdir, mesh, own.data))
+    open_it = partial(open_data, config, workdir, find_room(mesh), own.data)
+    data = hosts.first_host_first("data", open_it)
     _check_sizes(config, data, own)
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
@@ -224,17 +225,15 @@ def _check_shapes(plan: Plan) -> None:
                 f"model {plan.model_name} has the collections {', '.join(others)}; params and "
                 "batch_stats are what is trained and kept"
             )
-        logits = _shape_of(
-            f"model {plan.model_name}",
-            partial(plan.model.apply, train=False),
-            variables,
-            jax.ShapeDtypeStruct(images.shape, jnp.float32),
-        )
-        if logits.shape != (size, classes):
-            raise InputError(
-                f"model {plan.model_name} gives {_words(logits)} for {size} images of {classes} "
-                f"classes, not logits [{size}, {classes}]"
-            )
+        floats = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+        for train, when in ((False, ""), (True, " in training")):
+            what = f"model {plan.model_name}{when}"
+            logits = _shape_of(what, partial(_logits, plan.model, train), variables, floats)
+            if logits.shape != (size, classes):
+                raise InputError(
+                    f"{what} gives {_words(logits)} for {size} images of {classes} classes, not "
+                    f"logits [{size}, {classes}]"
+                )
     if "optimizer" in plan.brought:
         params = variable_shapes(plan.model, plan.data.train.image_shape)["params"]
         _attempt("optimizer", partial(jax.eval_shape, partial(_one_update, plan.optimizer), params))
@@ -246,6 +245,18 @@ def _check_shapes(plan: Plan) -> None:
                 f"loss gives {_words(losses)} for {size} examples, not one number for each, "
                 f"[{size}]"
             )
+
+
+def _logits(model: nn.Module, train: bool, variables: Any, images: jax.Array) -> Any:
+    """As the steps have them, see `train_step` and `eval_step`."""
+    if not train:
+        return model.apply(variables, images, train=False)
+    rngs = {"dropout": jax.random.key(0)}
+    logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+    before = variables.get("batch_stats", {})
+    if jax.tree.structure(updates.get("batch_stats", {})) != jax.tree.structure(before):
+        raise ValueError("its batch_stats are not those that it has with train=False")
+    return logits
 
 
 def _one_update(optimizer: optax.GradientTransformation, params: Any) -> Any:

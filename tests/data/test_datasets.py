@@ -87,6 +87,14 @@ def test_split_strings(digits_dir, split, parts):
     assert len(ours) == len(images)
 
 
+@pytest.mark.parametrize("split", ["train[3:700]", "train[-9:]+train[:9]"])
+def test_a_small_part_is_read_without_the_rest(own_digits, split, monkeypatch):
+    expected = load_dataset("digits", split, str(own_digits))
+    monkeypatch.setattr(datasets, "_LARGE", 10**6)
+    forbid_decoding(monkeypatch)
+    assert_same(load_dataset("digits", split, str(own_digits)), expected)
+
+
 @pytest.mark.parametrize("split", ["trian", "train[:x]", "train[90%", "all[:50%]", ""])
 def test_unknown_split(digits_dir, split):
     with pytest.raises(InputError, match=r"has no split .*; it has: train, test"):
@@ -467,7 +475,7 @@ def test_no_home(data_dir, monkeypatch, tmp_path):
         raise KeyError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(InputError, match="there is no home folder for ~"):
         load_dataset("digits", "test", data_dir)

@@ -91,6 +91,11 @@ def nothing(root):
         path.rmdir()
 
 
+def link_to_itself(root):
+    root.rename(root.with_name("gone"))
+    root.symlink_to(root)
+
+
 @pytest.mark.parametrize(
     ("change", "split", "message"),
     [
@@ -104,6 +109,7 @@ def nothing(root):
             "train",
             "there is no folder .*/pictures",
         ),
+        (link_to_itself, "train", "there is no folder .*/pictures"),
     ],
 )
 def test_folders_that_cannot_be_used(pictures, change, split, message):
@@ -111,6 +117,11 @@ def test_folders_that_cannot_be_used(pictures, change, split, message):
         change(pictures)
     with pytest.raises(InputError, match=message):
         Folder(str(pictures), split)
+
+
+def test_folder_whose_name_is_too_long(pictures):
+    with pytest.raises(InputError, match=r"n cannot be read: File name too long"):
+        Folder(str(pictures / (300 * "n")), "train")
 
 
 def test_one_split_says_how_to_divide_it(pictures):

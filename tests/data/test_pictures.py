@@ -54,6 +54,16 @@ def test_evaluation_is_that_of_torchvisions_presets(width, height, interpolation
     np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_of_a_strip_the_middle_is_resized(upright):
+    strip = np.zeros((1, 20_001, 3), np.uint8)
+    strip[:, 9_997:10_004] = np.arange(0, 210, 30)[:, None]
+    expected = read_for_evaluation(encoded(Image.fromarray(strip[:, 9_990:10_011])), Sizing(40, 8))
+    image = Image.fromarray(strip.swapaxes(0, 1) if upright else strip)
+    ours = read_for_evaluation(encoded(image), Sizing(40, 8))
+    np.testing.assert_array_equal(ours.swapaxes(0, 1) if upright else ours, expected)
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_training_gives_pillows_pixels_of_the_box(interpolation):
     image = draw(83, 57)

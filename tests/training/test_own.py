@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from functools import partial
 from typing import Any
 
@@ -26,7 +28,8 @@ from flax_resnet import evaluate, predict
 from flax_resnet.data import ExampleSource, epoch_order
 from flax_resnet.report import write_report
 from flax_resnet.training import check_config, cross_entropy, plan
-from flax_resnet.training.data import open_data
+from flax_resnet.training.checkpoint_files import steps_in
+from flax_resnet.training.data import find_room, open_data
 from flax_resnet.training.mesh import make_mesh
 from flax_resnet.training.own import Own
 from tests.training.test_train import read_metrics, train_until, without_timing
@@ -262,7 +265,8 @@ def test_examples_by_number_give_the_same_bits_as_arrays(own_run, tmp_path, feed
 
 def test_arrays_can_be_streamed(own_run, tmp_path):
     config = CONFIG | {"data_feed": "stream"}
-    assert not open_data(check_config(config), tmp_path, make_mesh(16), DATA).is_resident
+    room = find_room(make_mesh(16))
+    assert not open_data(check_config(config), tmp_path, room, DATA).is_resident
     state = fr.train(config, tmp_path, **OWN)
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(own_run[1]))
 
@@ -306,6 +310,44 @@ def test_examples_that_are_none(examples, message, feed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Opened(Listed):
+    """With what cannot be given to another process."""
+
+    lock = None
+
+    def __init__(self, split):
+        super().__init__(split)
+        self.lock = threading.Lock()
+
+
+class Dying(Listed):
+    """Whose process is killed as it reads for the seventh epoch."""
+
+    reads = 0
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.reads > 6 * 48 and multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_data_that_cannot_be_given_to_processes(tmp_path):
+    config = CONFIG | {"data_feed": "stream", "stream_workers": 1}
+    with pytest.raises(fr.InputError, match=r"cannot be given it: .*lock.*; open files when"):
+        fr.train(config, tmp_path, model=CNN(), data=(Opened(DATA[0]), DATA[1]))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_as_it_reads_loses_nothing(tmp_path):
+    normalize = "0.5,0.5,0.5/0.2,0.2,0.2"  # which nothing is read for
+    config = CONFIG | {"data_feed": "stream", "stream_workers": 1, "normalize": normalize}
+    config["num_epochs"] = 9
+    with pytest.raises(fr.InputError, match=r"has died \(exit code -9\), mostly of too little"):
+        fr.train(config, tmp_path, model=CNN(), data=(Dying(DATA[0]), DATA[1]))
+    assert 3 <= max(steps_in(tmp_path)) <= 18
+
+
 def test_splits_that_do_not_belong_together(tmp_path):
     train, test = DATA
     others = [
@@ -339,6 +381,29 @@ class WithoutTrain(nn.Module):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+class Noisy(CNN):
+    """With a name for its random numbers that the trainer does not know."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dropout(0.1, deterministic=not train, rng_collection="noise")(x)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+class Auxiliary(CNN):
+    @nn.compact
+    def __call__(self, x, train):
+        logits = nn.Dense(3)(x.mean((1, 2)))
+        return (logits, logits) if train else logits
+
+
+class LateNorm(CNN):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=False)(x) if train else x
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -352,6 +417,9 @@ class WithoutTrain(nn.Module):
             "model Counting has the collections counts; params and batch_stats",
         ),
         ({"model": WithoutTrain()}, "model cannot be used: TypeError: .*'train'"),
+        ({"model": Noisy()}, "Noisy in training cannot be used: InvalidRngError: .*noise"),
+        ({"model": Auxiliary()}, "Auxiliary in training gives a tuple, not an array"),
+        ({"model": LateNorm()}, "LateNorm in training cannot be used: .*BatchNorm"),
         ({"loss": 3}, "loss is a function, not a int"),
         (
             {"loss": lambda *a: focal_loss(*a).mean()},

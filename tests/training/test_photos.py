@@ -102,6 +102,10 @@ def test_another_folder_is_refused(photos_run, pictures, tmp_path):
     changed = shutil.copytree(pictures, tmp_path / "pictures")
     config = config_of(changed)
     fr.train(config, copy)  # it may move
+    changed = changed.rename(tmp_path / "photos")
+    config = config_of(changed)
+    fr.train(config, copy)  # and have another name
+    assert json.loads((copy / "dataset.json").read_text())["name"] == "folder:photos"
     os.unlink(changed / "train" / "red" / "1.png")
     shutil.copy(changed / "train" / "red" / "2.png", changed / "train" / "red" / "99.png")
     with pytest.raises(fr.InputError, match=r"the data is not what the run in .* began with"):

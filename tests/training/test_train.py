@@ -213,9 +213,10 @@ def test_streaming_gives_the_same_bits(finished, config, tmp_path):
 
 
 def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
-    # The images and labels are 365 * 3,076 bytes, just above a quarter of this.
-    monkeypatch.setattr(data, "_memory", lambda mesh: 4_400_000)
     devices = mesh.make_mesh(config.batch_size)
+    # The images and labels are 365 * 3,076 bytes, just above a quarter of this.
+    monkeypatch.setattr(data, "host_memory", lambda: 4 << 20)
+    room = data.find_room(devices)
     # The test split alone does fit.
     for data_feed, kind, test_kind in (
         ("auto", Source, fr.Dataset),
@@ -223,10 +224,22 @@ def test_what_does_not_fit_is_streamed(config, tmp_path, monkeypatch):
         ("stream", Source, Source),
     ):
         run = check_config(changed(config, data_feed=data_feed, stream_workers=0))
-        splits = data.open_data(run, tmp_path, devices)
+        splits = data.open_data(run, tmp_path, room)
         assert (type(splits.train), type(splits.test)) == (kind, test_kind)
     monkeypatch.undo()
-    assert type(data.open_data(check_config(config), tmp_path, devices).train) is fr.Dataset
+    room = data.find_room(devices)
+    assert type(data.open_data(check_config(config), tmp_path, room).train) is fr.Dataset
+
+
+def test_memory_is_divided_among_devices_and_processes(monkeypatch, eight_devices):
+    # The other process is on the same machine, and sees a little less.
+    monkeypatch.setattr(data.hosts, "_of_all", lambda value: np.stack([value, value - 1]))
+    monkeypatch.setattr(data.hosts, "count_here", lambda: 2)
+    monkeypatch.setattr(data, "host_memory", lambda: 64 << 20)
+    assert data.find_room(mesh.make_mesh(8)) == data.Room((3 << 20) // 4, (31 << 20) // 4)
+    monkeypatch.undo()
+    monkeypatch.setattr(data.hosts, "_of_all", lambda value: np.stack([value, value, value + 1]))
+    assert data.hosts.count_here() == 2
 
 
 @pytest.mark.slow
@@ -326,14 +339,14 @@ def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
 
 # Few shapes, each of which is compiled.
 SCANNED = {"layers": (1, 3), "widths": (16, 16), "strides": (1, 2)}
-SCANNED |= {"scan_blocks": True, "stochastic_depth": 0.2}
+SCANNED |= {"scan_blocks": True, "stochastic_depth": 0.2, "eca": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
-        {"model_fields": SCANNED},
+        {"model_fields": SCANNED, "optimizer": "muon"},
         {"model": "vgg11", "model_fields": {"widths": (8,) * 5, "hidden": 16}},
     ],
     ids=["scanned blocks", "vgg"],
