@@ -79,6 +79,7 @@ class Room:
 
 def find_room(mesh: Mesh) -> Room:
     """The same on all hosts, which are to decide alike."""
+    hosts.wait_for_all("room")
     host = host_memory() // hosts.count_here()
     stats = mesh.local_devices[0].memory_stats() or {}
     # A CPU's memory is the host's, of which each device has a part.

@@ -153,15 +153,21 @@ def first_host_first(name: str, function: Callable[[], T]) -> T:
 
     It may write files that the others then find. The name is not used twice in a run.
     """
-    # Only processes wait here, not their devices: those give up after seconds.
-    wait = ocp.multihost.get_barrier_sync_fn()
     if jax.process_index() > 0:
-        wait(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
+        wait_for_all(name)
         return function()
     try:
         return function()
     finally:
-        wait(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
+        wait_for_all(name)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process is here, by a name that is not used twice in a run.
+
+    Only processes wait here, not their devices: those give up after seconds.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
 
 
 def on_first_host(function: Callable[[], None]) -> None:

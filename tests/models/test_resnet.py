@@ -446,7 +446,7 @@ class Unpadded(fr.BasicBlock):
         (fr.cifar_resnet8(strides=(1, 2)), (1, 32, 32, 3), "one entry a stage"),
         (fr.cifar_resnet8(shortcut="A"), (1, 32, 32, 3), "not 'A'"),
         (fr.cifar_resnet8(widths=(16, 8, 64)), (1, 32, 32, 3), "from 16 to 8 channels"),
-        (fr.resnetaa50(), (1, 48, 48, 3), r"2, 2048\]: with antialias='average' an image has"),
+        (fr.resnetaa50(), (1, 48, 48, 3), r"2, 2048\]: with antialias='average' an image's sides"),
         (
             fr.cifar_resnet8().clone(block=Unpadded),
             (1, 8, 8, 3),

@@ -475,6 +475,7 @@ def test_own_optimizer_leaves_alone_what_is_frozen():
         np.testing.assert_array_equal(updates["fc"]["kernel"], np.full(3, -0.5))
 
 
+@pytest.mark.slow
 def test_optimizer_with_a_random_key_goes_on_to_the_same_bits(tmp_path):
     own = {"model": CNN(), "data": DATA, "optimizer": lambda rate: optax.noisy_sgd(rate, key=0)}
     whole = fr.train(CONFIG, tmp_path, **own)
