@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import gc
 import importlib.util
+import itertools
 import os
 import re
 import runpy
@@ -24,6 +25,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,7 +65,7 @@ def main(arguments: list[str]) -> None:
     # After the flags: --help answers at once.
     from flax_resnet import InputError, train
     from flax_resnet.memory import reuse_memory
-    from flax_resnet.progress import hush_libraries, quietly, say
+    from flax_resnet.progress import hush_libraries, quietly
     from flax_resnet.report import report_after_training
     from flax_resnet.training.hosts import connect
 
@@ -83,8 +85,7 @@ def main(arguments: list[str]) -> None:
             fail("several processes need a --workdir that all of them see")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # to take back what is half done
         with quietly(_QUIET.value):
-            if told := settle_length(_CONFIG.value):
-                say(told)
+            settle_length(_CONFIG.value)
             train(_CONFIG.value, workdir)
             report_after_training(workdir)
     except InputError as error:
@@ -97,14 +98,14 @@ def main(arguments: list[str]) -> None:
         sys.exit(128 + signal.SIGINT)  # the run has stopped in order, on all hosts
 
 
-def settle_length(config: ConfigDict) -> str:
-    """Lets num_epochs, where the command line gives it last, be the length; what to say of it."""
+def settle_length(config: ConfigDict) -> None:
+    """Lets num_epochs, where the command line gives it last, be the length, and says so."""
+    from flax_resnet.progress import say
+
     keys = [key for _, key, _ in overrides_in(_ARGUMENTS) if key in ("num_epochs", "num_steps")]
-    if not keys or keys[-1] == "num_steps" or config.get("num_steps") is None:
-        return ""
-    told = f"num_epochs={config.num_epochs} takes the place of num_steps={config.num_steps}"
-    config.num_steps = None
-    return told
+    if keys[-1:] == ["num_epochs"] and config.get("num_steps") is not None:
+        say(f"num_epochs={config.num_epochs} takes the place of num_steps={config.num_steps}")
+        config.num_steps = None
 
 
 # The command line.
@@ -124,7 +125,7 @@ def parse_flags(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(_ARGUMENTS)
         list(_CONFIG.value)  # raises if it could not be read
     except Exception as error:
-        # That was the first; every --config.KEY=VALUE by itself shows all of them.
+        # That is the first problem alone; each --config.KEY=VALUE parsed by itself shows all.
         fail("; ".join(problems_of_overrides(_ARGUMENTS)) or describe(error))
     if len(rest) > 1:
         fail(f"what is {rest[1]!r}? Options begin with --")
@@ -138,22 +139,20 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 def check_flagfiles(arguments: list[str]) -> None:
     """Raises a flags.Error for a device, of which absl would read without end."""
-    for one, following in zip(arguments, [*arguments[1:], "-"], strict=True):
-        if match := re.fullmatch("--?flagfile(=(.*))?", one, re.DOTALL):
-            name = os.path.expanduser(match[2] if match[1] else following)
-            if os.path.exists(name) and stat.S_ISCHR(os.stat(name).st_mode):
-                raise flags.Error(f"--flagfile={name} is not a file")
+    for name in map(os.path.expanduser, filter(None, values_of("flagfile", arguments))):
+        if os.path.exists(name) and stat.S_ISCHR(os.stat(name).st_mode):
+            raise flags.Error(f"--flagfile={name} is not a file")
 
 
 def check_recipe(arguments: list[str]) -> None:
     """Raises a flags.Error where the command line names no recipe that is there."""
     name = recipe_in(arguments)
     if name is None:
-        for one in arguments[1:2]:
-            if one.endswith(".py"):
-                raise flags.Error(f"did you mean --config {one}?")
-            if not one.startswith("-"):
-                raise flags.Error(f"what is {one!r}? Options begin with --")
+        first = arguments[1] if arguments[1:] else "-"
+        if first.endswith(".py"):
+            raise flags.Error(f"did you mean --config {first}?")
+        if not first.startswith("-"):
+            raise flags.Error(f"what is {first!r}? Options begin with --")
         raise flags.Error("name a recipe, e.g. --config configs/digits_resnet8.py")
     path = name.split(":")[0]
     if not os.path.isfile(path):
@@ -163,11 +162,14 @@ def check_recipe(arguments: list[str]) -> None:
 
 def recipe_in(arguments: list[str]) -> str | None:
     """What stands for --config; the last of several counts."""
-    name = None
-    for one, following in zip(arguments, [*arguments[1:], "-"], strict=True):
-        if match := re.fullmatch("--?config(=(.*))?", one, re.DOTALL):
-            name = match[2] if match[1] else None if following.startswith("-") else following
-    return name
+    return [None, *values_of("config", arguments)][-1]
+
+
+def values_of(flag: str, arguments: list[str]) -> Iterator[str | None]:
+    """What stands for a flag, each time that it is given."""
+    for one, following in itertools.pairwise([*arguments, "-"]):
+        if match := re.fullmatch(f"--?{flag}(=(.*))?", one, re.DOTALL):
+            yield match[2] if match[1] else None if following.startswith("-") else following
 
 
 def recipes() -> list[Path]:
@@ -179,7 +181,7 @@ def recipes() -> list[Path]:
 def overrides_in(arguments: list[str]) -> list[tuple[int, str, list[str]]]:
     """Of every --config.KEY=VALUE, --config.KEY VALUE and --noconfig.KEY: place, KEY, words."""
     found = []
-    for place, (one, following) in enumerate(zip(arguments, [*arguments[1:], "-"], strict=True)):
+    for place, (one, following) in enumerate(itertools.pairwise([*arguments, "-"])):
         if match := re.match("--?(no)?config[.]([^=]*)(=?)", one):
             alone = match[1] or match[3] or following.startswith("-")
             found.append((place, match[2], [one] if alone else [one, following]))
@@ -302,9 +304,10 @@ def fail(error: object, code: int = 2) -> NoReturn:
 
 
 def open_closed_streams() -> None:
-    """Standard streams that are closed lead nowhere; else the next files have their numbers.
+    """Opens closed standard streams on /dev/null.
 
-    And messages of C++ to standard error would be written into a file of the run.
+    Otherwise the next file would get their number, and what C++ writes to standard error would
+    be written into it.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

@@ -70,5 +70,5 @@ def run_program(
 
 
 def _let_go_of_output() -> None:
-    """Or Python would try to write it again in the end."""
+    """Turns standard output to /dev/null, or Python would try to write again at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

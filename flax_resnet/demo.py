@@ -69,7 +69,7 @@ def make_answer(run: Run) -> Callable[[str | Path], Answer]:
 
 
 def write_examples(run: Run, folder: Path) -> list[str]:
-    """Writes test pictures, of as many classes as there are; none where they cannot be read."""
+    """Writes a test picture of each of eight classes at most; none where they cannot be read."""
     try:
         pictures = _test_pictures(run)
     except InputError as error:

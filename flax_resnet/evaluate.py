@@ -220,7 +220,9 @@ def _parser() -> Parser:
         "mirror image, left to right; no help where mirror images mean something else",
     )
     parser.add_argument(
-        "--data_dir", metavar="DIR", help="folder of TFDS, if it is not where the run found it"
+        "--data_dir",
+        metavar="DIR",
+        help="folder of TFDS, or of the pictures, if it is not where the run found it",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, not a table")
     return parser

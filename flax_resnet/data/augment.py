@@ -66,7 +66,7 @@ def augment(
     return images
 
 
-def flip_in_turn(
+def alternating_flip(
     images: Shaped[Array, "n h w c"],
     index: Int[ArrayLike, " n"],
     key: Key[Array, ""],

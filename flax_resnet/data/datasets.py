@@ -47,8 +47,8 @@ _MOST_CLASSES = 10**6
 # A split that takes more bytes is not decoded for a small part of it.
 _LARGE = 2**30
 
-# And these of the files that TFDS reads whole, in bytes, by the endings of their names; the
-# second has the names of the classes.
+# Larger files that TFDS reads whole are damaged: bytes by the ending of the name. Those in .txt
+# have the names of the classes.
 _MOST_BYTES = {".json": 2**23, ".txt": 2**25}
 
 _Range = tuple[str, int, int]  # a split of TFDS and the examples from start to stop - 1
@@ -190,7 +190,7 @@ class Source:
             raise InputError(f"the images of {name} have {depth} channels: not {channels}")
         self._repeats = (channels or depth) // depth
         if None in size and self.can_be_streamed:
-            size = self._decode(np.array([0]))[0][0].shape[:2]
+            size = self._examples(np.array([0]), self._decoder)[0][0].shape[:2]
         self.image_shape = (*size, channels or depth)
 
     def __len__(self) -> int:
@@ -244,7 +244,7 @@ class Source:
         Raises:
           InputError: if they cannot be read, differ in size, or have no label.
         """
-        images, labels = self._decode(index)
+        images, labels = self._examples(index, self._decoder)
         _check_sizes(self._builder, {self.image_shape[:2], *(image.shape[:2] for image in images)})
         _check_labels(self._builder, labels, len(self.class_names))
         return self._with_channels(np.stack(images)), labels
@@ -270,9 +270,6 @@ class Source:
 
     def _with_channels(self, images: np.ndarray) -> np.ndarray:
         return images if self._repeats == 1 else np.repeat(images, self._repeats, -1)
-
-    def _decode(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        return self._examples(index, self._decoder)
 
     def _examples(
         self, index: np.ndarray, decode: Callable[[bytes], tuple[Any, int]]
@@ -410,7 +407,7 @@ def _open(name: str, data_dir: str) -> _Builder:
 
 
 def _check_folder(name: str, folder: str) -> None:
-    """Whether TFDS can read what is in the folder of a data set, if there is one."""
+    """Refuses a data set's folder, if there is one, that TFDS could not read."""
     for entry in _entries(folder):
         if not entry.is_file():
             raise InputError(_damaged(name, folder, f"{entry.path} is not a file"))
@@ -443,7 +440,7 @@ def _entries(folder: str | os.PathLike[str], depth: int = 3) -> Iterator[os.DirE
 
 
 def _check_files(builder: _Builder, split: str) -> None:
-    """Whether the files of a split are there, and can hold so many examples."""
+    """Refuses a split whose files are not there, or cannot hold so many examples."""
     try:
         size = sum(os.stat(path).st_size for path in builder.info.splits[split].filepaths)
         count = builder.info.splits[split].num_examples

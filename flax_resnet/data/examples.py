@@ -1,4 +1,4 @@
-"""Examples of one's own: arrays, or anything that gives an example by its number."""
+"""Examples of one's own: anything that gives an example by its number."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable

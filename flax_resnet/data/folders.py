@@ -1,5 +1,6 @@
 """A folder of photographs as a data set, read where they lie: PATH/SPLIT/CLASS/*."""
 
+import copy
 import hashlib
 import os
 import re
@@ -50,10 +51,10 @@ class Folder:
         if not is_folder:
             raise InputError(f"there is no folder {root}")
         folders = {f.name: f for f in _folders(root)} if has_splits else {"train": root}
-        for name in _EVALUATION:
-            there = [folders[other] for other in _EVALUATION if other in folders]
-            if name not in folders and there and re.search(rf"\b{name}\b", split):
-                folders[name] = there[0]
+        evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
+        for name in _EVALUATION if evaluation else ():
+            if name not in folders and re.search(rf"\b{name}\b", split):
+                folders[name] = evaluation
         self.class_names = tuple(f.name for f in _folders(folders["train"]))
         if not self.class_names:
             raise InputError(f"{folders['train']} has no folders, one a class, with pictures")
@@ -96,8 +97,7 @@ class Folder:
     def without(self, bad: Iterable[int]) -> "Folder":
         """The same but for some examples."""
         left = np.setdiff1d(np.arange(len(self)), list(bad))
-        other = object.__new__(Folder)
-        other.__dict__ |= self.__dict__
+        other = copy.copy(self)
         other.paths, other.labels = [self.paths[i] for i in left], self.labels[left]
         return other
 

@@ -24,10 +24,6 @@ FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
     *("TGA", "ICO", "PCX", "QOI", "SGI", "DDS"),
 )
-INTERPOLATIONS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 _ATTEMPTS = 10
 _MOST_SIDES = 64  # that the longer side of a picture has of the shorter
 # Of a file: uncompressed the most pixels that Pillow takes have fewer, and bytes between them it
@@ -64,6 +60,11 @@ class Sizing:
     def mode(self) -> str:
         """Of Pillow."""
         return "L" if self.channels == 1 else "RGB"
+
+    @property
+    def resampling(self) -> Image.Resampling:
+        """Of Pillow."""
+        return Image.Resampling[self.interpolation.upper()]
 
 
 @contextlib.contextmanager
@@ -238,7 +239,7 @@ def middle(image: Image.Image, sizing: Sizing) -> np.ndarray:
         image = image.crop((left, top, image.width - left, image.height - top))
     width, height = (int(sizing.eval_resize * side / short) for side in image.size)
     size = sizing.image_size
-    resized = image.resize((width, height), INTERPOLATIONS[sizing.interpolation])
+    resized = image.resize((width, height), sizing.resampling)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return _pixels(resized.crop((left, top, left + size, top + size)))
 
@@ -284,7 +285,7 @@ def part(
         across, down = image.width / frame.width, image.height / frame.height
         inside = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     size = (sizing.image_size, sizing.image_size)
-    image = image.resize(size, INTERPOLATIONS[sizing.interpolation], inside)
+    image = image.resize(size, sizing.resampling, inside)
     return _pixels(auto_augment(image, random, sizing.auto_augment))
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import errors
 
+from flax_resnet.models.stacking import is_stacked
+
 _SHOWN = 5  # of a list of names
 
 _EVALUATION = "model.apply(variables, x, train=False)"
@@ -49,6 +51,7 @@ def checked(model: type[M]) -> type[M]:
             raise TypeError(f"{name} has to be told whether it trains: write {_EVALUATION}")
         x: Any = args[0] if args else kwargs.get("x")
         _check_images(x)
+        _check_fields(self)
         try:
             return call(self, *args, **kwargs)
         except errors.FlaxError as error:
@@ -60,7 +63,7 @@ def checked(model: type[M]) -> type[M]:
     return model
 
 
-def check_fields(model: Any) -> None:
+def _check_fields(model: Any) -> None:
     """Raises ValueError for values that make no sense in a ResNet, a ResNet9 or a VGG."""
     if not isinstance(getattr(model, "block", type), type):
         raise ValueError(f"block is a class such as fr.BasicBlock, not {_a(model.block)}")
@@ -153,7 +156,7 @@ def _what_to_write(model: nn.Module, x: jax.Array, error: errors.FlaxError) -> s
 
 
 def _of_another_model(model: Any, x: jax.Array, params: Any, error: errors.FlaxError) -> str:
-    if any(name.endswith("_rest") for name in params) and not getattr(model, "scan_blocks", True):
+    if any(is_stacked((name,)) for name in params) and not getattr(model, "scan_blocks", True):
         return (
             "the blocks are stacked, for scan_blocks=True: write fr.unstack_blocks(variables), or "
             "model.clone(scan_blocks=True)"

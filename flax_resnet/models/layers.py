@@ -88,7 +88,7 @@ class Conv(nn.Module):
 
 
 def conv3x3(planes: int, stride: int = 1, **kwargs) -> Conv:
-    """3x3 convolution, padded by its dilation, which is 1."""
+    """3x3 convolution, padded by its dilation, 1 unless it is given."""
     return Conv(planes, 3, stride, **kwargs)
 
 

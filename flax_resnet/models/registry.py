@@ -61,7 +61,7 @@ def create_model(
         raise ValueError(f"unknown model {name!r}: {hint}")
     variant = VARIANTS[name]
     if not isinstance(weights, str | os.PathLike | None):
-        hint = f'write fr.create_model("{name}", weights="{variant.hub_id() or "PATH"}")'
+        hint = f"write {variant.with_weights()}"
         if hasattr(weights, "keys") or hasattr(weights, "state_dict"):
             hint = f"write fr.from_torch(fr.{name}(), model.state_dict())"
         raise TypeError(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_resnet.models.checks import check_fields, checked
+from flax_resnet.models.checks import checked
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.layers import (
     ANTIALIASED,
@@ -560,7 +560,6 @@ class ResNet(nn.Module):
 
     def _check(self) -> None:
         """Raises ValueError where the fields make no sense; blocks check their own."""
-        check_fields(self)
         if not len(self.layers) == len(self.widths) == len(self.strides):
             raise ValueError(
                 "layers, widths and strides have one entry a stage, not "

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flax_resnet.models.checks import check_fields, checked
+from flax_resnet.models.checks import checked
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.layers import BatchNorm, Dtype, conv3x3, relu, uniform
 from flax_resnet.models.pooling import max_pool2d
@@ -84,7 +84,6 @@ class ResNet9(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        check_fields(self)
         if min(x.shape[1:3]) < 8:
             raise ValueError(f"images have 8 pixels a side or more, not {x.shape[1]}x{x.shape[2]}")
         if len(self.widths) != 4:

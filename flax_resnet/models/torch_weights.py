@@ -27,6 +27,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_resnet.models.checks import check_model, check_variables, some
 from flax_resnet.models.dialects import in_our_names
 from flax_resnet.models.shapes import variable_shapes
+from flax_resnet.models.stacking import is_stacked
 from flax_resnet.models.weight_files import read_state_dict
 
 _LEAVES = {
@@ -160,7 +161,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same in NumPy arrays and without PyTorch."""
+    """A state_dict of NumPy arrays, of variables that fit the model; needs no PyTorch."""
     check_model(model, "fr.to_torch(model, variables)")
     check_variables(variables)
     arrays = to_arrays(variables)
@@ -175,9 +176,9 @@ def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[st
 
 
 def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The same without a look at the model: the names tell all."""
+    """Variables as a state_dict of NumPy arrays; their names alone tell the layout."""
     flat = flatten_dict({k: variables[k] for k in ("params", "batch_stats") if k in variables})
-    if any(module.endswith("_rest") for path in flat for module in path):
+    if any(map(is_stacked, flat)):
         raise ValueError("the blocks are stacked, as PyTorch has none: unstack_blocks(variables)")
     state_dict = {}
     for path, array in flat.items():

@@ -58,6 +58,10 @@ class Variant:
         _, has_some, tag = self.weights.partition("timm:")
         return f"timm/{self.name}.{tag}" if has_some else None
 
+    def with_weights(self) -> str:
+        """The line that makes the net with its published weights."""
+        return f'fr.create_model("{self.name}", weights="{self.hub_id() or "PATH"}")'
+
 
 # In the order in which they stand here.
 VARIANTS: dict[str, Variant] = {}
@@ -113,9 +117,9 @@ def _docstring(entry: Variant) -> str:
         f"{name}={getattr(value, '__name__', repr(value))}" for name, value in entry.fields.items()
     )
     weights = f"{entry.weights or 'none that we know of'}."
-    if hub_id := entry.hub_id():
+    if entry.hub_id():
         others = "torchvision's and " if "torchvision" in entry.weights else ""
-        weights = f'{others}timm\'s, as fr.create_model("{entry.name}", weights="{hub_id}").'
+        weights = f"{others}timm's, as {entry.with_weights()}."
     model = entry.model.__name__
     parts = [
         f"{entry.paper}.",
@@ -133,16 +137,12 @@ def _by_name(entry: Variant, values: tuple[Any, ...]) -> str:
     said = f"{entry.name} takes its fields by name, not {', '.join(map(repr, values))}: write "
     if isinstance(values[0], int) and not isinstance(values[0], bool):
         return f"{said}fr.{entry.name}(num_classes={values[0]})"
-    return said + _with_weights(entry)
-
-
-def _with_weights(entry: Variant) -> str:
-    return f'fr.create_model("{entry.name}", weights="{entry.hub_id() or "PATH"}")'
+    return said + entry.with_weights()
 
 
 def _no_such_field(entry: Variant, field: str, signature: inspect.Signature) -> str:
     if field in ("pretrained", "weights"):
-        hint = f"write {_with_weights(entry)}"
+        hint = f"write {entry.with_weights()}"
     elif field == "block":
         hint = f"write fr.{entry.name}().clone(block=...)"
     elif near := difflib.get_close_matches(field, signature.parameters, n=1):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flax_resnet.models.checks import check_fields, checked
+from flax_resnet.models.checks import checked
 from flax_resnet.models.freezing import has_frozen_statistics
 from flax_resnet.models.layers import BatchNorm, Dtype, conv3x3, relu, relu_from_output
 from flax_resnet.models.pooling import max_pool2d
@@ -95,7 +95,6 @@ class VGG(nn.Module):
         return outputs if features else x
 
     def _check(self, x: jax.Array) -> None:
-        check_fields(self)
         if len(self.layers) != len(self.widths):
             raise ValueError(
                 f"layers and widths have one entry a stage, not {len(self.layers)} "

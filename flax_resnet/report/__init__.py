@@ -114,4 +114,5 @@ def report_after_training(workdir: str | Path) -> None:
         except Exception as error:  # whatever it is, the run is done and on disk
             warn(f"there is no report: {one_line(error)}")
 
+    # The others wait for it as processes: their devices would give up.
     hosts.first_host_first("report", write)

@@ -25,7 +25,9 @@ def _parser() -> Parser:
         "--output", metavar="FILE", help="default: report.html in the first run's folder"
     )
     parser.add_argument(
-        "--data_dir", metavar="DIR", help="folder of TFDS, if it is not where the runs found it"
+        "--data_dir",
+        metavar="DIR",
+        help="folder of TFDS, or of the pictures, if it is not where the runs found it",
     )
     return parser
 

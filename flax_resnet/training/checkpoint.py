@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from flax_resnet.errors import InputError, short_reason
 from flax_resnet.training import checkpoint_files, hosts
 from flax_resnet.training.config import Config
 from flax_resnet.training.hardware import describe_hardware
-from flax_resnet.training.history import History
+from flax_resnet.training.history import History, best_of
 from flax_resnet.training.steps import TrainState
 
 _CALLS_TO_AGREE = 32
@@ -103,7 +102,7 @@ class Checkpoints:
             | {
                 "epoch": len(history.records),
                 "seed": self._config.seed,
-                "best": history.best,
+                "best": best_of(history.records),
                 "config": dataclasses.asdict(self._config),
             }
             | self._environment
@@ -114,7 +113,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             replaces = step in self._manager.all_steps()  # the epoch's end, before its evaluation
             if replaces:
-                hosts.on_first_host(partial(checkpoint_files.set_replaced_aside, workdir, step))
+                hosts.on_first_host(checkpoint_files.set_replaced_aside, workdir, step)
                 self._manager.reload()
             self._being_written = step
             saves = self._manager.save(
@@ -128,7 +127,7 @@ class Checkpoints:
                 raise RuntimeError(f"Orbax does not take step {step}")
             if replaces:
                 self._manager.wait_until_finished()
-                hosts.on_first_host(partial(checkpoint_files.drop_replaced, workdir))
+                hosts.on_first_host(checkpoint_files.drop_replaced, workdir)
         except Exception as error:  # of Orbax, TensorStore and the disk
             if jax.process_index() == 0:
                 with contextlib.suppress(OSError):  # then at the next start

@@ -278,17 +278,19 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     """
     if not isinstance(config, Mapping | ConfigDict):
         raise InputError(
-            f"a config is what fr.default_config() gives, or a dict, not {_short(config)}"
+            f"a config is what fr.default_config() gives, or a dict, not {reprlib.repr(config)}"
         )
     hints = typing.get_type_hints(Config)
     checked, problems = {}, []
     for key, value in config.items():
         if key not in hints:
-            problems.append(f"unknown config key {_short(key)}{near_key(str(key), list(hints))}")
+            problems.append(
+                f"unknown config key {reprlib.repr(key)}{near_key(str(key), list(hints))}"
+            )
         elif not _has_type(value, hints[key]):
-            problems.append(f"{key} must be {_expected(hints[key])}, not {_short(value)}")
+            problems.append(f"{key} must be {_expected(hints[key])}, not {reprlib.repr(value)}")
         elif key in _RANGES and not _RANGES[key][0](value):
-            problems.append(f"{key} must be {_RANGES[key][1]}, not {_short(value)}")
+            problems.append(f"{key} must be {_RANGES[key][1]}, not {reprlib.repr(value)}")
         else:
             checked[key] = _plain(value)
     run = Config(**checked)
@@ -368,7 +370,7 @@ def _model_problems(run: Config) -> list[str]:
         numbers = value if isinstance(value, tuple | list) else [value]
         most = _MOST_BLOCKS if name == "layers" else _LARGEST_FIELD
         if any(isinstance(n, int | float) and not abs(n) <= most for n in numbers):
-            return [f"model_fields.{name} must be at most {most}, not {_short(value)}"]
+            return [f"model_fields.{name} must be at most {most}, not {reprlib.repr(value)}"]
     try:
         json.dumps(run.model_fields)
     except (TypeError, ValueError) as error:
@@ -396,11 +398,9 @@ def _freeze_problems(run: Config, paths: Iterable[tuple[str, ...]]) -> list[str]
         if not fnmatch.filter(names, pattern):
             near = difflib.get_close_matches(pattern, names, n=2)
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(outermost)}"
-            problems.append(f"freeze: nothing in {run.model} is called {_short(pattern)}: {hint}")
+            problems.append(
+                f"freeze: nothing in {run.model} is called {reprlib.repr(pattern)}: {hint}"
+            )
     if all(is_frozen(path, run.freeze) for path in paths if path[0] == "params"):
         problems.append("freeze leaves nothing to train")
     return problems
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)

@@ -52,7 +52,7 @@ class Data:
       mean, std: that images are normalised by, of each channel, in units of full white.
       name: of the data set.
       is_resident: whether both lie in memory, and are to lie in that of every device.
-      facts: what dataset.json says of it beside.
+      facts: further entries of dataset.json: of what files it is, and how many were left out.
     """
 
     train: Split
@@ -84,7 +84,7 @@ def find_room(mesh: Mesh) -> Room:
     stats = mesh.local_devices[0].memory_stats() or {}
     # A CPU's memory is the host's, of which each device has a part.
     device = stats.get("bytes_limit", host // len(mesh.local_devices))
-    return Room(*(int(_SHARE_OF_MEMORY * least) for least in hosts.least((device, host))))
+    return Room(*(int(_SHARE_OF_MEMORY * memory) for memory in hosts.minimum((device, host))))
 
 
 def open_data(

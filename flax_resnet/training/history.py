@@ -59,11 +59,6 @@ class History:
             raise ValueError(f"it went back {history.rollbacks!r} times")
         return history
 
-    @property
-    def best(self) -> Record | None:
-        """The first record with the highest test accuracy."""
-        return best_of(self.records)
-
     def add_steps(self, metrics: Mapping[str, np.ndarray]) -> None:
         """Adds what steps of the epoch gave, see `train_step`; each [steps]."""
         self.losses += metrics["loss"].tolist()

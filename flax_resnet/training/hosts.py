@@ -45,7 +45,7 @@ def connect(
     detection = None
     if any(value is not None for value in given):
         detection = "deactivate"
-        host, port = _check(*given)
+        host, port = _parse_coordinator(*given)
         if process_id:
             _wait_for(host, port)
         else:
@@ -67,7 +67,7 @@ def connect(
     return jax.process_count()
 
 
-def _check(
+def _parse_coordinator(
     coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> tuple[str, int]:
     """Host and port of the coordinator."""
@@ -90,7 +90,7 @@ def _check(
 
 
 def _check_free(port: int) -> None:
-    """Whether process 0 can listen there; JAX's own message of that has two lines."""
+    """Raises an InputError of one line, where JAX has two, if process 0 cannot listen there."""
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
@@ -148,16 +148,16 @@ def _wait_for(host: str, port: int) -> None:
             time.sleep(0.2)
 
 
-def first_host_first(name: str, function: Callable[[], T]) -> T:
-    """What `function` returns, called on the first host before the others.
+def first_host_first(name: str, function: Callable[..., T], *arguments: Any) -> T:
+    """What `function(*arguments)` returns, called on the first host before the others.
 
     It may write files that the others then find. The name is not used twice in a run.
     """
     if jax.process_index() > 0:
         wait_for_all(name)
-        return function()
+        return function(*arguments)
     try:
-        return function()
+        return function(*arguments)
     finally:
         wait_for_all(name)
 
@@ -170,8 +170,8 @@ def wait_for_all(name: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
 
 
-def on_first_host(function: Callable[[], None]) -> None:
-    """Calls `function` on the first host; the others wait for it, and fail where it fails.
+def on_first_host(function: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Calls `function` with these on the first host; the others wait, and fail where it fails.
 
     Raises:
       InputError, OSError: as `function` does.
@@ -179,7 +179,7 @@ def on_first_host(function: Callable[[], None]) -> None:
     error = None
     if jax.process_index() == 0:
         try:
-            function()
+            function(*arguments, **options)
         except (InputError, OSError) as raised:
             error = raised
     if from_first_host(error is not None):
@@ -192,8 +192,8 @@ def count_here() -> int:
     return int((_of_all(name) == name).sum())
 
 
-def least(values: Sequence[int]) -> list[int]:
-    """The least of each over all processes, to 1 MiB."""
+def minimum(values: Sequence[int]) -> list[int]:
+    """Of each over all processes, rounded down to MiB: they are exchanged as int32."""
     return [int(value) << 20 for value in _of_all(np.array(values) >> 20).min(0)]
 
 

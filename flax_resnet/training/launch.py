@@ -96,7 +96,7 @@ def train(
     )
     try:
         with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as stack:
-            hosts.on_first_host(partial(_claim, plan, stack))
+            hosts.on_first_host(_claim, plan, stack)
             checkpoints = stack.enter_context(
                 contextlib.closing(Checkpoints(plan.workdir, plan.config))
             )
@@ -123,13 +123,11 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> TrainState:
         state, history = _newest(plan, checkpoints)
         history.rollbacks = max(history.rollbacks, rollbacks)
         hosts.on_first_host(
-            partial(
-                writers.take_up_files,
-                plan,
-                history,
-                int(state.step),
-                has_checkpoint=checkpoints.newest is not None,
-            )
+            writers.take_up_files,
+            plan,
+            history,
+            int(state.step),
+            has_checkpoint=checkpoints.newest is not None,
         )
         try:
             return _train_on(plan, checkpoints, signals, state, history)
@@ -188,7 +186,7 @@ def _train_on(
         f"{plan.num_epochs} epochs, {done} of them done: {plan.workdir}"
     )
     if done == plan.num_epochs:
-        hosts.on_first_host(partial(writers.write_curves, plan.workdir, history.records))
+        hosts.on_first_host(writers.write_curves, plan.workdir, history.records)
         return state
     with contextlib.ExitStack() as stack:
         if plan.scans_blocks:

@@ -48,7 +48,7 @@ class Plan:
       loss: of each example in training.
       test_loss: of each example in evaluation.
       augment: a script's own; None for the config's.
-      optimizer: what it does not freeze it changes.
+      optimizer: of all parameters that `config.freeze` does not name.
       learning_rate: by the number of the step; None where a script's optimizer has its own.
       total_steps: length of the run.
     """
@@ -106,8 +106,7 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
     if mesh.size == 1 and platform(mesh) == "cpu":
         # Its convolutions are compiled while the data is opened.
         threading.Thread(target=native.load, daemon=True).start()
-    open_it = partial(open_data, config, workdir, find_room(mesh), own.data)
-    data = hosts.first_host_first("data", open_it)
+    data = hosts.first_host_first("data", open_data, config, workdir, find_room(mesh), own.data)
     _check_sizes(config, data, own)
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
@@ -184,7 +183,7 @@ def _choose_optimizer(
         return make_optimizer(config, schedule), schedule
     if isinstance(own.optimizer, optax.GradientTransformation):
         return without_frozen(own.optimizer, config.freeze), None
-    optimizer = _attempt("optimizer", partial(own.optimizer, schedule))
+    optimizer = _attempt("optimizer", own.optimizer, schedule)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise InputError(
             f"optimizer gives a {type(optimizer).__name__} for a learning rate, not an "
@@ -217,9 +216,7 @@ def _check_shapes(plan: Plan) -> None:
         if images.ndim != 4 or images.shape[0] != size:
             raise InputError(f"augment gives {_words(images)}, not images [{size}, H, W, C]")
     if "model" in plan.brought:
-        variables = _attempt(
-            "model", partial(variable_shapes, plan.model, plan.data.train.image_shape)
-        )
+        variables = _attempt("model", variable_shapes, plan.model, plan.data.train.image_shape)
         if others := sorted(set(variables) - {"params", "batch_stats"}):
             raise InputError(
                 f"model {plan.model_name} has the collections {', '.join(others)}; params and "
@@ -236,7 +233,7 @@ def _check_shapes(plan: Plan) -> None:
                 )
     if "optimizer" in plan.brought:
         params = variable_shapes(plan.model, plan.data.train.image_shape)["params"]
-        _attempt("optimizer", partial(jax.eval_shape, partial(_one_update, plan.optimizer), params))
+        _attempt("optimizer", jax.eval_shape, partial(_one_update, plan.optimizer), params)
     if "loss" in plan.brought:
         logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
         losses = _shape_of("loss", plan.loss, logits, jax.ShapeDtypeStruct((size,), jnp.int32))
@@ -264,16 +261,16 @@ def _one_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
 
 
 def _shape_of(what: str, function: Callable[..., Any], *arguments: Any) -> jax.ShapeDtypeStruct:
-    result = _attempt(what, partial(jax.eval_shape, function, *arguments))
+    result = _attempt(what, jax.eval_shape, function, *arguments)
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise InputError(f"{what} gives a {type(result).__name__}, not an array")
     return result
 
 
-def _attempt(what: str, function: Callable[[], Any]) -> Any:
+def _attempt(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """What a script's own gives; its errors in a line."""
     try:
-        return function()
+        return function(*arguments)
     except Exception as error:
         raise InputError(
             f"{what} cannot be used: {type(error).__name__}: {short_reason(error)}"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from flax_resnet.data import augment, erase, mix, normalize
-from flax_resnet.data.augment import flip_in_turn, keys_of_each, normalize_values
+from flax_resnet.data.augment import alternating_flip, keys_of_each, normalize_values
 from flax_resnet.training.mesh import by_example, platform, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import (
@@ -28,7 +28,6 @@ from flax_resnet.training.steps import (
 )
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch], Metrics]
 
 
 class Keys(NamedTuple):
@@ -80,7 +79,7 @@ def make_augment(
             cutout=config.cutout,
             fill=plan.data.mean,
         )
-        return flip_in_turn(images, index, key, epoch) if config.alternating_flip else images
+        return alternating_flip(images, index, key, epoch) if config.alternating_flip else images
 
     return in_epoch
 
@@ -131,12 +130,12 @@ def make_train_step(plan: Plan, rollbacks: int = 0) -> Step:
     return step
 
 
-def make_eval_step(plan: Plan) -> EvalStep:
+def make_eval_step(plan: Plan) -> Callable[[TrainState, Batch], Metrics]:
     """(state, batch) -> sums over a batch of "image", uint8, "label" and "mask"."""
 
     def step(state, batch):
         batch = batch | {"image": normalize(batch["image"], plan.data.mean, plan.data.std)}
-        return eval_step(state.evaluated, batch, model=plan.model, loss=plan.test_loss)
+        return eval_step(state.eval_variables, batch, model=plan.model, loss=plan.test_loss)
 
     return step
 

@@ -65,7 +65,7 @@ class TrainState(flax.struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
-    def evaluated(self) -> dict[str, Any]:
+    def eval_variables(self) -> dict[str, Any]:
         """What `model.apply` takes in evaluation: the moving average if there is one."""
         return self.ema or self.variables
 

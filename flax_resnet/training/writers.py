@@ -27,7 +27,7 @@ _IMAGES_SHOWN = 64
 
 
 class Writer:
-    """What it is told of and does not need, a writer lets pass.
+    """What writes something of a run; each method does nothing unless overridden.
 
     All methods raise OSError where a file cannot be written.
     """

@@ -34,6 +34,7 @@ from flax_resnet.training import (
     programs,
     tensorboard,
 )
+from flax_resnet.training.history import History, best_of
 from flax_resnet.training.loop import Loop
 from tests.data.test_datasets import as_tfrecord
 
@@ -431,7 +432,7 @@ def test_best_state_outlives_later_ones(tmp_path, finished, config):
     _, state = finished
     run = check_config(changed(config, keep_checkpoints=1))
     checkpoints = checkpoint.Checkpoints(tmp_path, run)
-    history = checkpoint.History()
+    history = History()
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, None)):
         if accuracy is not None:
             history.end_epoch({"step": step, "test_accuracy": accuracy})
@@ -441,7 +442,7 @@ def test_best_state_outlives_later_ones(tmp_path, finished, config):
             checkpoints = checkpoint.Checkpoints(tmp_path, run)
     checkpoints.close()
     assert steps_kept(tmp_path) == [2, 5]
-    assert history.best == {"step": 2, "test_accuracy": 0.9}
+    assert best_of(history.records) == {"step": 2, "test_accuracy": 0.9}
 
 
 def test_finished_run_stays_as_it_is(finished, config, tmp_path):
