@@ -43,7 +43,7 @@ class Run:
       brought: by name, what its script brought to `train`: model, data, ...
       class_names: one name a class.
       image_shape: (H, W, C) of the images that it trains on.
-      mean, std: of each channel of its training images, in units of full white.
+      mean, std: of each channel of its training images, of pixels from 0 to 1.
       model: for this process's first device. None in a report, where its script brought it.
       variables: {"params", "batch_stats"} of the checkpoint, or {"params"} without BatchNorm,
         float32, on that device; their moving average, where the run keeps one.

@@ -130,11 +130,12 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
         "--config.num_epochs=1 --config.warmup_epochs=0.5 --config.train_split=train[:64] "
         "--config.eval_split=test[:100] --config.batch_size=32"
     )
-    install, first, other, look, tensorboard, second, predict = blocks("tutorial.md", "sh")
+    commands = blocks("tutorial.md", "sh")
+    install, first, other, look, tensorboard, second, chosen, seeds, predict = commands
     assert "pip install" in install
     assert tensorboard == "tensorboard --logdir runs\n"
     assert second == first.replace("first", "second")
-    for command in (first, other, look):
+    for command in (first, other, look, chosen, seeds):
         run(command, folder, digits_dir, overrides=short)
     (folder / "tutorial.py").write_text("\n".join(blocks("tutorial.md", "python")))
     printed = run("python tutorial.py", folder, digits_dir).stdout
@@ -143,6 +144,7 @@ def test_tutorial_and_the_export_of_its_run(folder, digits_dir):
         path.name for path in (folder / "runs" / "first").iterdir()
     }
     expected = (
+        r"\d+[.]\d+% of the test images\n"
         r"It is a \d\nthe net says \[.*\] and it is \[.*\]\ntrained for 33 steps\n"
         r"digit[.]png\n( +[\d.]+%  \d\n)+"
     )

@@ -37,8 +37,8 @@ def augment(
         pixels of the image, so that a part of it may lie outside; 0 for none. (T. DeVries and
         G. W. Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout",
         2017, section 3.)
-      fill: the hidden pixels' value in each channel, in units of full white; the mean of the
-        data set in the paper.
+      fill: the hidden pixels' value in each channel, from 0 to 1; the mean of the data
+        set in the paper.
 
     Returns:
       Images of the same shape and dtype.
@@ -154,7 +154,7 @@ def normalize(
 
     Args:
       images: uint8 [N, H, W, C].
-      mean, std: of each of the C channels, in units of full white; see `channel_statistics`.
+      mean, std: of each of the C channels, of images / 255; see `channel_statistics`.
 
     Raises:
       ValueError: for another dtype, whose white would be a guess, or number of channels.

@@ -304,7 +304,7 @@ def channel_statistics(
       chunks: the images in parts, uint8 [n, H, W, C] each.
 
     Returns:
-      (mean, std) in units of full white: of images / 255.
+      (mean, std) of images / 255.
     """
     # Sums of integers are exact, so the variance below loses no digit, and no order or
     # size of the chunks changes it.

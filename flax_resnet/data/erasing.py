@@ -18,8 +18,8 @@ def erase(
     """Puts the mean in place of a rectangle of some images.
 
     As torchvision's RandomErasing(p): the rectangle has 0.02 to 0.33 of the image's area and a
-    ratio of 0.3 to 3.3, and lies within; of ten that do not fit none is taken. (Z. Zhong et al.,
-    arXiv:1708.04896, algorithm 1.)
+    ratio of 0.3 to 3.3, and lies within; if none of ten draws fits, nothing is erased. (Z. Zhong
+    et al., arXiv:1708.04896, algorithm 1.)
 
     Args:
       images: [N, H, W, C], normalised, so that the mean is 0.

@@ -40,7 +40,7 @@ class ExampleSource:
       class_names: one name a class.
 
     Raises (when made):
-      InputError: if there is no example, or the first one is none.
+      InputError: if there is no example, or the first one is not an example.
     """
 
     can_be_streamed = True

@@ -35,8 +35,8 @@ class Folder:
       labels: int32 [N].
 
     Raises (when made):
-      InputError: if there is no such folder or split, or it is empty, or a class is empty, or
-        one that train has not.
+      InputError: if there is no such folder or split, if a split or a class is empty, or if a
+        split has a class that `train` lacks.
     """
 
     def __init__(self, path: str, split: str):
@@ -52,8 +52,8 @@ class Folder:
             raise InputError(f"there is no folder {root}")
         folders = {f.name: f for f in _folders(root)} if has_splits else {"train": root}
         evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
-        for name in _EVALUATION if evaluation else ():
-            if name not in folders and re.search(rf"\b{name}\b", split):
+        for name in _EVALUATION:
+            if evaluation and name not in folders and re.search(rf"\b{name}\b", split):
                 folders[name] = evaluation
         self.class_names = tuple(f.name for f in _folders(folders["train"]))
         if not self.class_names:

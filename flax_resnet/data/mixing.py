@@ -18,7 +18,7 @@ def mix(
     mixup: float = 0.0,
     cutmix: float = 0.0,
 ) -> tuple[Float[Array, "n h w c"], Int[Array, " n"], Float[Array, " n"]]:
-    """Mixes each two neighbours in the batch, either with the other.
+    """Mixes the two images of each pair of neighbours in the batch with each other.
 
     So no image leaves the device that it is on. The last of an odd number stays. The loss is
     then share * loss(logits, labels) + (1 - share) * loss(logits, other labels), as in both

@@ -81,7 +81,7 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
       channels: of an image.
 
     Raises:
-      TypeError: if the model is none.
+      TypeError: if `model` is not a Flax module.
       ValueError: if the size is neither, or too small for the model.
     """
     check_model(model, "fr.summary(model, 224)")

@@ -149,7 +149,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: its {"params": ..., "batch_stats": ...}; other collections are left out.
 
     Raises:
-      TypeError: if the model is none.
+      TypeError: if `model` is not a Flax module.
       ValueError: if the variables are not that, or stacked: see `unstack_blocks`.
     """
     import torch

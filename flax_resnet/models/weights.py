@@ -43,7 +43,7 @@ def save_weights(
       path: of the file, ends in `.safetensors`.
 
     Raises:
-      TypeError: if the model is none.
+      TypeError: if `model` is not a Flax module.
       ValueError: if the path ends in something else, if the file cannot be written, or the
         variables are not that or stacked: see `unstack_blocks`.
     """

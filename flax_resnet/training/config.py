@@ -47,8 +47,8 @@ class Config:
     # Pictures of a folder that cannot be read: "stop" names them, "skip" leaves them out.
     bad_images: Literal["stop", "skip"] = "stop"
     # The mean and standard deviation by which images are normalised: those of the training images
-    # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, in units of full
-    # white: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
+    # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, of pixels from 0 to
+    # 1: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
     # weights were trained with: the other run's numbers; for published weights ImageNet's,
     # or 0.5 for a resnetv2.
     normalize: str = "auto"
@@ -115,7 +115,8 @@ class Config:
     # BatchNorm's statistics: those of the whole batch, or, "per_replica", of each device's share.
     batch_norm: Literal["global", "per_replica"] = "global"
     eval_batch_size: int = 512
-    # The length of the run. If `num_steps` is set, it is the length instead.
+    # The length of the run. If `num_steps` is set, it is the length instead; on the command line
+    # the later of the two counts.
     num_epochs: int = 200
     num_steps: int | None = None
     # The test split is evaluated after every so many epochs, and after the last.

@@ -49,7 +49,7 @@ class Data:
 
     Attributes:
       train, test: in memory, or to be streamed.
-      mean, std: that images are normalised by, of each channel, in units of full white.
+      mean, std: that images are normalised by, of each channel, of pixels from 0 to 1.
       name: of the data set.
       is_resident: whether both lie in memory, and are to lie in that of every device.
       facts: further entries of dataset.json: of what files it is, and how many were left out.

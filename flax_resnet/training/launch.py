@@ -51,7 +51,7 @@ def train(
     | None = None,
     augment: Augment | None = None,
 ) -> TrainState:
-    """Trains a model on all devices, or goes on with the run that `workdir` holds.
+    """Trains a model on all devices, or resumes the run that `workdir` holds.
 
     Writes config.json, dataset.json, checkpoints/ (the newest few and the best),
     metrics.jsonl (a line an epoch), steps.jsonl (a line every `log_every` steps), TensorBoard's
@@ -59,11 +59,11 @@ def train(
     elsewhere. Of several hosts the first writes and speaks; `workdir` is a folder that all of
     them see.
 
-    SIGTERM and the first SIGINT let the step at hand end, and write a checkpoint.
+    On SIGTERM or the first SIGINT the run finishes the current step and writes a checkpoint.
 
     A script calls it under `if __name__ == "__main__":`, since data that is streamed is read by
-    processes that import the script. What the script brings is kept by name alone: to go on with
-    the run, the script brings it again.
+    processes that import the script. Of `model`, `data` and the others only the names are stored.
+    To resume the run, pass them again.
 
     Args:
       config: keys of `Config`, e.g. from `default_config`; those that it lacks have
