@@ -55,7 +55,10 @@ class Checkpoints:
         self._manager = _Manager(
             self._folder,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=_one_writer()),
+                # As on a CPU, where it is tested, and not by way of pinned memory.
+                "state": ocp.PyTreeCheckpointHandler(
+                    type_handler_registry=_one_writer(), enable_pinned_host_transfer=False
+                ),
                 "run": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(

@@ -31,8 +31,10 @@ from flax_resnet.training import hosts
 from flax_resnet.training.config import Config, numbers_of
 from flax_resnet.training.hardware import host_memory
 from flax_resnet.training.jsonfiles import read_json, user_path
+from flax_resnet.training.mesh import platform
 
 _SHARE_OF_MEMORY = 0.25
+_SMALLEST_DEVICE = 4 << 30
 _BYTES_AT_ONCE = 4 << 20  # four times as many where they are squared
 FOLDER = "folder:"
 # Of ImageNet's training images, as torchvision and timm have them.
@@ -81,9 +83,11 @@ def find_room(mesh: Mesh) -> Room:
     """The same on all hosts, which are to decide alike."""
     hosts.wait_for_all("room")
     host = host_memory() // hosts.count_here()
-    stats = mesh.local_devices[0].memory_stats() or {}
-    # A CPU's memory is the host's, of which each device has a part.
-    device = stats.get("bytes_limit", host // len(mesh.local_devices))
+    if platform(mesh) == "cpu":  # whose memory is the host's, and each device has a part
+        device = host // len(mesh.local_devices)
+    else:
+        stats = mesh.local_devices[0].memory_stats() or {}  # an allocator may not tell
+        device = stats.get("bytes_limit", _SMALLEST_DEVICE)
     return Room(*(int(_SHARE_OF_MEMORY * memory) for memory in hosts.minimum((device, host))))
 
 
@@ -214,12 +218,12 @@ def read_ahead(
     batches: TrainBatches | EvalBatches, config: Config
 ) -> Generator[dict[str, np.ndarray]]:
     """Every batch in turn, see `stream`, by as many processes or threads as suit the split."""
-    split = batches.source
+    split, workers = batches.source, -(-config.stream_workers // hosts.count_here())
     if isinstance(split, Dataset):  # which another process would be given whole
         return stream(batches, 0)
     if isinstance(split, Photos) and split.keeps:  # in memory, which threads share
-        return stream(batches, 0, threads=max(1, config.stream_workers))
-    return stream(batches, config.stream_workers)
+        return stream(batches, 0, threads=max(1, workers))
+    return stream(batches, workers)
 
 
 def open_own(split: Dataset | Examples) -> Dataset | ExampleSource:

@@ -135,7 +135,9 @@ class _Resident:
         return _mean(slow_bar(sums, len(starts), "evaluating", "batches"), stop)
 
     def close(self) -> None:
-        pass
+        # A run that goes back puts them on the device anew.
+        self._order.cache_clear()
+        self._train = self._test = {}
 
     def _put(self, split: Split) -> dict[str, jax.Array]:
         assert isinstance(split, Dataset)

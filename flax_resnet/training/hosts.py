@@ -1,7 +1,9 @@
 """Several processes as one run, by `jax.distributed`."""
 
+import functools
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ from jax.experimental import multihost_utils
 from flax_resnet.errors import InputError, short_reason
 
 _SECONDS_TO_MEET = 120
+_SECONDS_TO_PART = 30  # of one whose run has failed, and the others wait for it in a step
 _MILLISECONDS_TO_WAIT = 24 * 3600 * 1000  # for a data set to be downloaded and prepared
 
 T = TypeVar("T")
@@ -54,16 +57,29 @@ def connect(
     elif os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1":
         return 1
     try:
-        _meet(*given, cluster_detection_method=detection)
+        devices = None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if detection is None and visible and "," not in visible:
+            devices = [0]  # Slurm shows this task one GPU; JAX would look for it among many
+        _meet(*given, devices, cluster_detection_method=detection)
     except InputError:
         raise
     except Exception as error:  # of JAX, and of what tells it of the cluster around it
         if coordinator is None and isinstance(error, ValueError):
-            return 1  # JAX found nothing around it that would tell it the three
+            # JAX found nothing around it that would tell it the three.
+            if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+                raise InputError(
+                    "this JAX does not find the other processes of Open MPI: give "
+                    "--coordinator=HOST:PORT --num_processes=$OMPI_COMM_WORLD_SIZE "
+                    "--process_id=$OMPI_COMM_WORLD_RANK"
+                ) from error
+            return 1
         alone = "--coordinator=127.0.0.1:1234 --num_processes=1 --process_id=0 is one by itself"
         raise InputError(
             f"the processes of this run did not meet: {short_reason(error)}; {alone}"
         ) from error
+    if jax.process_count() == 1:  # JAX has taken SIGTERM, which nobody would ask it for
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     return jax.process_count()
 
 
@@ -115,7 +131,10 @@ def _meet(*given: Any, **options: Any) -> None:
     def initialize() -> None:
         try:
             jax.distributed.initialize(
-                *given, initialization_timeout=int(10 * _SECONDS_TO_MEET), **options
+                *given,
+                initialization_timeout=int(10 * _SECONDS_TO_MEET),
+                shutdown_timeout_seconds=_SECONDS_TO_PART,
+                **options,
             )
         except Exception as error:
             raised.append(error)
@@ -186,6 +205,7 @@ def on_first_host(function: Callable[..., None], *arguments: Any, **options: Any
         raise error or InputError("the first host cannot go on, and says why")
 
 
+@functools.cache  # all processes ask for it together, once
 def count_here() -> int:
     """How many processes of the run share this machine, or this container, and its memory."""
     name = np.int32(zlib.crc32(socket.gethostname().encode()) >> 1)

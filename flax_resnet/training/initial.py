@@ -8,7 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -86,7 +86,9 @@ def start_from(
     variables: dict[tuple[str, ...], Any] = flatten_dict(state.variables)
     for path, new in weights.items():
         # A copy: the state is donated to the first step, and a rollback may come here again.
-        variables[path] = jax.device_put(jnp.array(new), variables[path].sharding)
+        # Not jax.device_put, which would gather and compare those of all hosts.
+        sharding = variables[path].sharding
+        variables[path] = jax.make_array_from_process_local_data(sharding, np.array(new), new.shape)
     # The optimizer may keep what it begins with.
     create = partial(TrainState.create, optimizer=optimizer, ema=bool(state.ema))
     return jax.jit(create, out_shardings=state.step.sharding)(unflatten_dict(variables))

@@ -1,5 +1,6 @@
 """The devices of a run, and how arrays lie on them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,17 @@ def make_mesh(
     """One axis, "data", over `devices`; all there are, on all hosts, by default.
 
     Raises:
-      InputError: if they do not divide the batch, or its parts, or cannot be used.
+      InputError: if they do not divide the batch, or its parts, or cannot be used; if hosts have
+        different numbers of them.
     """
-    mesh = Mesh(np.array(devices or find_devices()), ("data",))
+    devices = devices or find_devices()
+    counts = Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            f"the hosts have {', '.join(map(str, counts.values()))} devices: JAX wants as many on "
+            "each; CUDA_VISIBLE_DEVICES=0,1 hides all but two"
+        )
+    mesh = Mesh(np.array(devices), ("data",))
     multiple = mesh.size * accumulation_steps
     if batch_size % multiple:
         among = f"{mesh.size} devices"

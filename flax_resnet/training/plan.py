@@ -1,5 +1,6 @@
 """A run before its first step: all that its config, and what a script brings, come to."""
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -85,7 +87,13 @@ class Plan:
 
     def learning_rate_of(self, step: int) -> float | None:
         """Of a step, counted from 0."""
-        return None if self.learning_rate is None else float(jnp.asarray(self.learning_rate(step)))
+        return None if self.learning_rate is None else float(self._learning_rates[step])
+
+    @functools.cached_property
+    def _learning_rates(self) -> np.ndarray:
+        # At once: each by itself would be computed on the device, behind the steps at hand.
+        assert self.learning_rate
+        return np.asarray(jax.vmap(self.learning_rate)(jnp.arange(self.total_steps)))
 
 
 def make_plan(config: Config, workdir: Path, own: Own) -> Plan:

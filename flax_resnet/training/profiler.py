@@ -10,12 +10,14 @@ from flax_resnet.training.plan import Plan
 class Profiler:
     """Traces the steps that `profile_steps` names, for the Profile tab of TensorBoard.
 
-    Steps that are one call are traced together.
+    Steps that are one call are traced together. Of several processes the first is traced: those
+    of one machine would write one file.
     """
 
     def __init__(self, plan: Plan):
         self._folder = str(plan.workdir)
-        self._first, self._stop = plan.config.profile_steps or (0, 0)
+        steps = plan.config.profile_steps if jax.process_index() == 0 else None
+        self._first, self._stop = steps or (0, 0)
         self._tracing = False
 
     def before(self, step: int, count: int) -> None:

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 
 import flax_resnet as fr
 from flax_resnet.training import hosts
+from flax_resnet.training.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
 # An epoch is one step, so that the lines of metrics.jsonl are the loss curve. The batch is
@@ -192,6 +194,34 @@ def test_a_process_that_is_alone_in_its_cluster_takes_all_devices(monkeypatch, c
     monkeypatch.setenv(cluster, "1")
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     assert hosts.connect() == 1
+
+
+def test_open_mpi_that_jax_does_not_find(monkeypatch):
+    def initialize(*_, **__):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(fr.InputError, match=r"other processes of Open MPI: give --coordinator"):
+        hosts.connect()
+
+
+@pytest.mark.parametrize(("visible", "ids"), [("3", [0]), ("2,3", None), (None, None)])
+def test_task_that_slurm_shows_one_gpu(monkeypatch, visible, ids):
+    given = []
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *values, **_: given.extend(values))
+    hosts.connect()
+    assert given == [None, None, None, ids]
+
+
+def test_hosts_with_different_numbers_of_devices():
+    devices = [SimpleNamespace(process_index=i) for i in (0, 1, 1)]
+    with pytest.raises(fr.InputError, match="the hosts have 1, 2 devices: JAX wants as many on"):
+        make_mesh(6, devices=devices)
 
 
 def test_what_is_given_is_not_asked_of_the_cluster(monkeypatch):
