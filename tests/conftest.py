@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator
 os.environ.pop("TFDS_DATA_DIR", None)
 os.environ.pop("JAX_NUM_CPU_DEVICES", None)
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = (
-    "3"  # On some CPUs XLA warns of what its cache was compiled for
-)
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # on some CPUs XLA warns of programs from its cache
 os.environ["OMP_NUM_THREADS"] = "1"  # PyTorch's threads would wait for each other, and busily
 
 from pathlib import Path

@@ -56,11 +56,10 @@ def connect(
     # Under these JAX would take the first of the GPUs alone.
     elif os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("SLURM_NTASKS")) == "1":
         return 1
+    devices, visible = None, os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if detection is None and visible and "," not in visible:
+        devices = [0]  # Slurm shows this task one GPU; JAX would look for it among many
     try:
-        devices = None
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if detection is None and visible and "," not in visible:
-            devices = [0]  # Slurm shows this task one GPU; JAX would look for it among many
         _meet(*given, devices, cluster_detection_method=detection)
     except InputError:
         raise
@@ -213,7 +212,7 @@ def count_here() -> int:
 
 
 def minimum(values: Sequence[int]) -> list[int]:
-    """Of each over all processes, rounded down to MiB: they are exchanged as int32."""
+    """The minimum of each over all processes, rounded down to MiB: they are exchanged as int32."""
     return [int(value) << 20 for value in _of_all(np.array(values) >> 20).min(0)]
 
 

@@ -32,7 +32,7 @@ from flax_resnet.training.optimizer import (
     without_frozen,
 )
 from flax_resnet.training.own import Augment, Own, check_keys
-from flax_resnet.training.steps import Loss, cross_entropy
+from flax_resnet.training.steps import Loss, apply_in_training, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,16 @@ class Plan:
 
     def learning_rate_of(self, step: int) -> float | None:
         """Of a step, counted from 0."""
-        return None if self.learning_rate is None else float(self._learning_rates[step])
+        if self.learning_rate is None:
+            return None
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return float(_learning_rates(self.learning_rate, epoch, self.steps_per_epoch)[place])
 
-    @functools.cached_property
-    def _learning_rates(self) -> np.ndarray:
-        # At once: each by itself would be computed on the device, behind the steps at hand.
-        assert self.learning_rate
-        return np.asarray(jax.vmap(self.learning_rate)(jnp.arange(self.total_steps)))
+
+@functools.lru_cache(maxsize=1)  # one epoch is asked for at many of its steps
+def _learning_rates(schedule: optax.Schedule, epoch: int, steps: int) -> np.ndarray:
+    # At once: each by itself would be computed on the device, behind the steps at hand.
+    return np.asarray(jax.vmap(schedule)(epoch * steps + jnp.arange(steps)))
 
 
 def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
@@ -253,13 +256,12 @@ def _check_shapes(plan: Plan) -> None:
 
 
 def _logits(model: nn.Module, train: bool, variables: Any, images: jax.Array) -> Any:
-    """As the steps have them, see `train_step` and `eval_step`."""
+    """As `train_step` and `eval_step` have them."""
     if not train:
         return model.apply(variables, images, train=False)
-    rngs = {"dropout": jax.random.key(0)}
-    logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+    logits, after = apply_in_training(model, variables, images, jax.random.key(0))
     before = variables.get("batch_stats", {})
-    if jax.tree.structure(updates.get("batch_stats", {})) != jax.tree.structure(before):
+    if jax.tree.structure(after) != jax.tree.structure(before):
         raise ValueError("its batch_stats are not those that it has with train=False")
     return logits
 

@@ -108,6 +108,22 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
+def apply_in_training(
+    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, key: Key[Array, ""] | None
+) -> tuple[Any, Any]:
+    """What a model gives in a step of training, and its batch_stats after that.
+
+    Args:
+      model: takes images and `train`.
+      variables: what `model.apply` takes.
+      images: float [N, H, W, C].
+      key: of dropout and stochastic depth, if there are any.
+    """
+    rngs = None if key is None else {"dropout": key}
+    output, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)
+    return output, updates.get("batch_stats", {})
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -145,13 +161,8 @@ def train_step(
     chex.assert_rank([batch["image"], batch["label"]], [4, 1])
 
     def loss_fn(params, batch_stats, key, batch):
-        logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs=None if key is None else {"dropout": key},
-        )
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, batch_stats = apply_in_training(model, variables, batch["image"], key)
         logits = jnp.float32(logits)
         losses = loss(logits, batch["label"])
         correct = jnp.float32(logits.argmax(-1) == batch["label"])
@@ -160,7 +171,7 @@ def train_step(
             losses = share * losses + (1 - share) * loss(logits, other)
             correct = share * correct + (1 - share) * (logits.argmax(-1) == other)
         metrics = {"loss": losses.mean(), "accuracy": correct.mean()}
-        return metrics["loss"], (updates.get("batch_stats", {}), metrics)
+        return metrics["loss"], (batch_stats, metrics)
 
     gradient = jax.grad(loss_fn, has_aux=True)
 
