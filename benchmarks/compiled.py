@@ -39,11 +39,10 @@ import flax_resnet as fr
 from flax_resnet.training import create_state, cross_entropy, make_optimizer, programs
 from flax_resnet.training.config import Config
 from flax_resnet.training.data import Data
+from flax_resnet.training.feeds import STEPS_A_CALL
 from flax_resnet.training.mesh import by_example, make_mesh, replicated
 from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import TrainState
-
-STEPS = 16  # of a scan, as in flax_resnet/training/feeds.py
 
 
 class Card(NamedTuple):
@@ -409,7 +408,7 @@ def state_of(plan: Plan) -> TrainState:
 
 
 def lower(plan: Plan, *, scanned: bool) -> jax.stages.Lowered:
-    """The training step of a plan, `STEPS` of them in a scan or one."""
+    """The training step of a plan, `STEPS_A_CALL` of them in a scan or one."""
     everywhere, divided = replicated(plan.mesh), by_example(plan.mesh)
     size, shape = plan.config.batch_size, plan.data.train.image_shape
 
@@ -427,7 +426,7 @@ def lower(plan: Plan, *, scanned: bool) -> jax.stages.Lowered:
         step,
         programs.make_pick(plan.mesh, size, shape),
         steps_per_epoch=plan.steps_per_epoch,
-        steps=STEPS,
+        steps=STEPS_A_CALL,
     )
     images = array(count, math.prod(shape), dtype=jnp.uint8, sharding=everywhere)
     order = array(count, sharding=everywhere)
@@ -441,7 +440,7 @@ def row(name: str, program: str) -> str:
     scanned = pixels == "32"
     plan = plan_of(topology(name), net, int(batch_size), int(pixels))
     compiled = lower(plan, scanned=scanned).compile()
-    found = cost(Module(compiled.as_text() or ""), CARDS[name], STEPS if scanned else 1)
+    found = cost(Module(compiled.as_text() or ""), CARDS[name], STEPS_A_CALL if scanned else 1)
     memory = compiled.memory_analysis()
     assert memory
     return (

@@ -178,8 +178,7 @@ class Progress:
         if not is_narrow:
             more = f"[{{elapsed}}, {left}, {{rate_fmt}}]"
             self._bar.bar_format = f"{{desc}} {{percentage:3.0f}}%|{{bar}}| {more}"
-        # tqdm would put a colon behind it.
-        self._bar.desc = what
+        self._bar.set_description_str(what, refresh=False)
 
     def _rate(self) -> float:
         """Images a second; 0 where it is not known."""

@@ -31,7 +31,7 @@ class Program(NamedTuple):
 
     @property
     def steps(self) -> int:
-        return compiled.STEPS if self.is_scanned else 1
+        return compiled.STEPS_A_CALL if self.is_scanned else 1
 
 
 # The examples of a device are no number of channels, by which activations are told from kernels;

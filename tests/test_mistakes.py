@@ -173,7 +173,15 @@ MISTAKES = {
     ),
     "an unknown type": (
         lambda: fr.cifar_resnet8(dtype="bf16").init(KEY, X, train=False),
-        "dtype is a type such as jnp.bfloat16, not 'bf16'",
+        "dtype is a float type such as jnp.bfloat16, not 'bf16'",
+    ),
+    "a type of integers": (
+        lambda: fr.cifar_resnet8(dtype=jnp.int32).init(KEY, X, train=False),
+        "dtype is a float type such as jnp.bfloat16, not <class 'jax.numpy.int32'>",
+    ),
+    "no type": (
+        lambda: fr.cifar_resnet8(dtype=None).init(KEY, X, train=False),  # pyright: ignore[reportArgumentType]
+        "dtype is a float type such as jnp.bfloat16, not None",
     ),
     # Weights.
     "a torch module": (

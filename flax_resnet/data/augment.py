@@ -137,14 +137,23 @@ def _hide_square(
 ) -> jax.Array:
     """An image, [H, W, C], with a square of one colour around a pixel."""
 
-    def covered(centre, size):
-        first = centre - side // 2
-        pixels = jnp.arange(size)
-        return (first <= pixels) & (pixels < first + side)
-
-    height, width, _ = image.shape
-    hidden = covered(row, height)[:, None, None] & covered(column, width)[None, :, None]
+    first = jnp.stack([row, column]) - side // 2
+    hidden = rectangle(image.shape, first, first + side)
     return jnp.where(hidden, colour.astype(image.dtype).reshape(1, 1, -1), image)
+
+
+def rectangle(shape: Sequence[int], first: jax.Array, stop: jax.Array) -> jax.Array:
+    """bool [H, W, 1] for an image of that shape: whether a pixel lies in a rectangle.
+
+    Args:
+      shape: (H, W, ...).
+      first, stop: (row, column) where it begins, and behind its end; it may go over the edge.
+    """
+    rows, columns = (
+        (low <= jnp.arange(size)) & (jnp.arange(size) < high)
+        for size, low, high in zip(shape[:2], first, stop, strict=True)
+    )
+    return rows[:, None, None] & columns[None, :, None]
 
 
 def normalize(

@@ -19,7 +19,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import naming
-from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from flax_resnet.data.builders import Digits
 from flax_resnet.data.preparing import prepare
@@ -64,7 +63,8 @@ class Dataset:
       class_names: one name a class.
 
     Raises (when made):
-      InputError: if it does not hold these.
+      InputError: if `images` is not of that dtype and form or has a side of 0, `labels` is not N
+        integers below the number of `class_names`, or `class_names` are not strings.
     """
 
     images: np.ndarray
@@ -72,7 +72,25 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        check_dataset(self)
+        images, labels, names = self.images, self.labels, self.class_names
+        dtype, shape = getattr(images, "dtype", type(images).__name__), np.shape(images)
+        if dtype != np.uint8 or len(shape) != 4 or not min(shape[1:]):
+            raise InputError(
+                f"images must be uint8 of shape [N, H, W, C], from 0 to 255, not {dtype} of shape "
+                f"{list(shape)}"
+            )
+        if np.shape(labels) != shape[:1] or np.asarray(labels).dtype.kind not in "iu":
+            raise InputError(
+                f"labels must be {shape[0]} integers, one an image, not "
+                f"{np.asarray(labels).dtype} of shape {list(np.shape(labels))}"
+            )
+        if not len(names) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
+        if len(labels) and not (np.min(labels) >= 0 and np.max(labels) < len(names)):
+            raise InputError(
+                f"labels must be from 0 to {len(names) - 1}, for {len(names)} class_names, not "
+                f"{np.min(labels)} to {np.max(labels)}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,34 +112,6 @@ class Dataset:
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of some examples, as `Source.read`."""
         return self.images[index], self.labels[index]
-
-
-def check_dataset(data: Dataset) -> None:
-    """Whether this can be trained on; of one's own class too, if it has these attributes.
-
-    Raises:
-      InputError: if `images` is not uint8 [N, H, W, C] with no side 0, `labels` is not N integers
-        below the number of `class_names`, or `class_names` are not strings.
-    """
-    images, labels, names = data.images, data.labels, data.class_names
-    dtype, shape = getattr(images, "dtype", type(images).__name__), np.shape(images)
-    if dtype != np.uint8 or len(shape) != 4 or not min(shape[1:]):
-        raise InputError(
-            f"images must be uint8 of shape [N, H, W, C], from 0 to 255, not {dtype} of shape "
-            f"{list(shape)}"
-        )
-    if np.shape(labels) != shape[:1] or np.asarray(labels).dtype.kind not in "iu":
-        raise InputError(
-            f"labels must be {shape[0]} integers, one an image, not "
-            f"{np.asarray(labels).dtype} of shape {list(np.shape(labels))}"
-        )
-    if not len(names) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
-    if len(labels) and not (np.min(labels) >= 0 and np.max(labels) < len(names)):
-        raise InputError(
-            f"labels must be from 0 to {len(names) - 1}, for {len(names)} class_names, not "
-            f"{np.min(labels)} to {np.max(labels)}"
-        )
 
 
 def load_dataset(
@@ -378,7 +368,7 @@ def _open(name: str, data_dir: str) -> _Builder:
     open_builder = Digits if name == "digits" else partial(tfds.builder, name)
     try:
         builder: _Builder = open_builder(data_dir=data_dir)
-    except DatasetNotFoundError as error:
+    except tfds.core.DatasetNotFoundError as error:
         raise InputError(
             f"unknown data set {shown}: use cifar10, digits, or another name of TFDS"
         ) from error
@@ -408,7 +398,7 @@ def _open(name: str, data_dir: str) -> _Builder:
 
 def _check_folder(name: str, folder: str) -> None:
     """Refuses a data set's folder, if there is one, that TFDS could not read."""
-    for entry in _entries(folder):
+    for entry in entries_below(folder):
         if not entry.is_file():
             raise InputError(_damaged(name, folder, f"{entry.path} is not a file"))
         most = _MOST_BYTES.get(os.path.splitext(entry.name)[1])
@@ -417,24 +407,18 @@ def _check_folder(name: str, folder: str) -> None:
                 raise InputError(_damaged(name, folder, f"{entry.path} has {size:,} bytes"))
 
 
-def special_file(folder: str | os.PathLike[str], depth: int = 3) -> str | None:
-    """A pipe, socket or device in a folder, where reading might never end.
+def entries_below(folder: str | os.PathLike[str], depth: int = 3) -> Iterator[os.DirEntry[str]]:
+    """All but folders, in a folder that need not exist, and in its folders.
 
     Args:
-      folder: that need not exist.
+      folder: to look in.
       depth: of its folders; those of a data set are for configuration, version and files.
     """
-    special = (entry.path for entry in _entries(folder, depth) if not entry.is_file())
-    return next(special, None)
-
-
-def _entries(folder: str | os.PathLike[str], depth: int = 3) -> Iterator[os.DirEntry[str]]:
-    """All but folders, in a folder and in its folders."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # told by who reads them
         for entry in entries:
             if entry.is_dir():
                 if depth:
-                    yield from _entries(entry.path, depth - 1)
+                    yield from entries_below(entry.path, depth - 1)
             elif os.path.exists(entry.path):
                 yield entry
 

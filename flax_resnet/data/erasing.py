@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from flax_resnet.data.augment import rectangle
+
 # Of torchvision's RandomErasing, as of the paper: the rectangle's share of the image, and its
 # height by its width.
 _AREA, _RATIO = (0.02, 0.33), (0.3, 3.3)
@@ -42,11 +44,6 @@ def _erase_one(image, key, *, probability):
     sides = jnp.stack([h, w])[:, first]
     places = jnp.float32([height, width]) - sides + 1
     start = jnp.floor(jax.random.uniform(place, (2,)) * places)
-
-    def covered(axis, size):
-        pixels = jnp.arange(size)
-        return (start[axis] <= pixels) & (pixels < start[axis] + sides[axis])
-
-    inside = covered(0, height)[:, None, None] & covered(1, width)[None, :, None]
+    inside = rectangle(image.shape, start, start + sides)
     takes_one = fits[first] & jax.random.bernoulli(takes, probability)
     return jnp.where(inside & takes_one, 0, image)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from tensorflow_datasets.core.splits import ReadInstruction, SplitDict, SplitInfo
+import tensorflow_datasets as tfds
 
 from flax_resnet.data.pictures import find_pictures
 from flax_resnet.errors import InputError, printable
@@ -22,7 +22,7 @@ class Folder:
 
     PATH/train/CLASS/* and PATH/val/CLASS/*, or test, as torchvision's ImageFolder and timm have
     them; with the classes directly in PATH there is one split, train. The order is that of the
-    paths' SHA-256: a part such as train[:90%] has all classes in it.
+    paths' SHA-256: a part such as train[:90%] is one by chance.
 
     Args:
       path: the folder.
@@ -60,9 +60,10 @@ class Folder:
             raise InputError(f"{folders['train']} has no folders, one a class, with pictures")
         named = {n for n in folders if split == "all" or re.search(rf"\b{re.escape(n)}\b", split)}
         found = {name: _examples(folders[name], self.class_names) for name in named}
-        infos = [SplitInfo(name, [len(examples)], 0) for name, examples in found.items()]
+        infos = [tfds.core.SplitInfo(name, [len(examples)], 0) for name, examples in found.items()]
         try:
-            parts = ReadInstruction.from_spec(split).to_absolute(SplitDict(infos))
+            splits = tfds.core.SplitDict(infos)
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
         except (ValueError, KeyError, NotImplementedError) as error:
             hint = "; of one split, use train[:90%] and train[90%:]" if not has_splits else ""
             raise InputError(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from flax_resnet.data.augment import rectangle
+
 _QUANTILES = 4096
 
 
@@ -82,16 +84,10 @@ def _mean(image, other, share):
 
 def _paste(image, other, share, key):
     """The image with a rectangle of the other, whose centre is uniform over the pixels."""
-
-    def covered(size, centre):
-        half = jnp.floor(size * jnp.sqrt(1 - share)) // 2  # the sides are in proportion
-        pixels = jnp.arange(size)
-        return (centre - half <= pixels) & (pixels < centre + half)
-
-    height, width, _ = image.shape
-    rows, columns = (
-        covered(size, jax.random.randint(one, (), 0, size))
-        for size, one in zip((height, width), jax.random.split(key), strict=True)
+    sizes, keys = image.shape[:2], jax.random.split(key)
+    centre = jnp.stack(
+        [jax.random.randint(one, (), 0, size) for one, size in zip(keys, sizes, strict=True)]
     )
-    inside = rows[:, None] & columns[None, :]
-    return jnp.where(inside[..., None], other, image), 1 - inside.mean(dtype=jnp.float32)
+    half = jnp.floor(jnp.int32(sizes) * jnp.sqrt(1 - share)) // 2  # the sides are in proportion
+    inside = rectangle(image.shape, centre - half, centre + half)
+    return jnp.where(inside, other, image), 1 - inside.mean(dtype=jnp.float32)

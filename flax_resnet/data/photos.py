@@ -1,6 +1,7 @@
 """Splits of pictures of any size: what a net sees of them in training and in evaluation."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -8,12 +9,13 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from flax_resnet.data.datasets import Dataset
+from flax_resnet.data.folders import Folder
 from flax_resnet.data.pictures import (
     Frame,
     Picture,
@@ -64,7 +66,6 @@ class Photos:
       pictures: the files.
       sizing: how they come to one size.
       random_crops: whether training takes a random part of each picture, another every epoch.
-      keep: whether a picture stays decoded in memory once it is read; the images are the same.
 
     Attributes:
       pictures: as given.
@@ -75,16 +76,9 @@ class Photos:
 
     can_be_streamed = True
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        sizing: Sizing,
-        *,
-        random_crops: bool = False,
-        keep: bool = False,
-    ):
-        self.pictures, self._sizing = pictures, sizing
-        self.random_crops, self._kept = random_crops, _Kept() if keep else None
+    def __init__(self, pictures: Pictures, sizing: Sizing, *, random_crops: bool = False):
+        self.pictures, self._sizing, self.random_crops = pictures, sizing, random_crops
+        self._kept: _Kept | None = None
         self.class_names = pictures.class_names
         self.image_shape = (sizing.image_size, sizing.image_size, sizing.channels)
 
@@ -98,15 +92,17 @@ class Photos:
 
     @property
     def keeps(self) -> bool:
-        """Whether pictures stay in memory."""
+        """Whether pictures stay decoded in memory once they are read."""
         return self._kept is not None
 
     def keeping(self) -> "Photos":
-        """The same split, with `keep`."""
-        return Photos(self.pictures, self._sizing, random_crops=self.random_crops, keep=True)
+        """The same images, of pictures that stay decoded in memory once they are read."""
+        split = copy.copy(self)
+        split._kept = _Kept()
+        return split
 
     def estimate_kept(self) -> int:
-        """Bytes that `keep` will take, judged by the first pictures.
+        """Bytes that `keeping` will take, judged by the first pictures.
 
         Raises:
           InputError: if one of them cannot be read.
@@ -125,17 +121,12 @@ class Photos:
         Raises:
           InputError: if one cannot be read.
         """
-        return self._read(index, [None] * len(index))
+        return self.read_crops(index, [None] * len(index))
 
     def read_crops(
-        self, index: np.ndarray, randoms: Iterable[np.random.Generator]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """As `read`, but of each picture a random part, by its own generator."""
-        return self._read(index, randoms)
-
-    def _read(
         self, index: np.ndarray, randoms: Iterable[np.random.Generator | None]
     ) -> tuple[np.ndarray, np.ndarray]:
+        """As `read`, but a random part of each picture that has a generator."""
         files, labels = self.pictures.files(index)
         images = np.empty((len(index), *self.image_shape), np.uint8)
         for place, (i, file, random) in enumerate(zip(index, files, randoms, strict=True)):
@@ -194,8 +185,11 @@ class _Kept:
         return self._pictures[key]
 
 
-def find_bad(pictures: Any) -> list[int]:
-    """The examples of a `Folder` that cannot be decoded; it is remembered for the next start.
+def find_bad(pictures: Folder) -> list[int]:
+    """The examples of a folder that cannot be decoded; it is remembered for the next start.
+
+    Unless one cannot be read for now, of which its size and time do not tell: for permissions, or
+    of a disk that is away.
 
     Raises:
       InputError: if a file cannot be looked at.
@@ -215,25 +209,32 @@ def find_bad(pictures: Any) -> list[int]:
     if remembered and (bad := _remembered(remembered, len(pictures))) is not None:
         return bad
 
-    def is_bad(path: str) -> bool:
+    def damage(path: str) -> InputError | None:
         try:
             with opened(path) as image:
                 upright(image)
-        except InputError:
-            return True
-        return False
+        except InputError as error:
+            return error
+        return None
 
     what = f"looking at {len(pictures)} pictures of {pictures.name}"
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = bar(threads.map(is_bad, pictures.paths), len(pictures), what, unit=" pictures")
-        bad = [i for i, one in enumerate(found) if one]
-    if remembered:
+        found = bar(threads.map(damage, pictures.paths), len(pictures), what, unit=" pictures")
+        errors = {i: error for i, error in enumerate(found) if error}
+    bad = list(errors)
+    if remembered and not any(map(_may_pass, errors.values())):
         try:
             remembered.parent.mkdir(parents=True, exist_ok=True)
             remembered.write_text(json.dumps(bad))
         except OSError:
             pass  # then they are looked at again
     return bad
+
+
+def _may_pass(error: InputError) -> bool:
+    """Whether it is the system's, and not the picture's."""
+    cause = error.__cause__
+    return isinstance(cause, MemoryError) or getattr(cause, "errno", None) is not None
 
 
 def _remembered(path: Path, count: int) -> list[int] | None:
@@ -247,8 +248,8 @@ def _remembered(path: Path, count: int) -> list[int] | None:
     return bad if is_one else None
 
 
-def without_bad(pictures: Any, *, skip: bool) -> tuple[Any, int]:
-    """A `Folder` of pictures that can all be read, and how many were left out.
+def without_bad(pictures: Folder, *, skip: bool) -> tuple[Folder, int]:
+    """A folder of pictures that can all be read, and how many were left out.
 
     Raises:
       InputError: if some cannot be read and are not to be skipped, or none is left.

@@ -198,6 +198,8 @@ class Frame:
 
 def frame_of(image: Image.Image) -> Frame:
     """Of a picture that `opened` gives."""
+    if image.format == "TIFF":  # whose size Pillow turns before, and its metadata with the pixels
+        image.load()
     width, height = reversed(image.size) if _is_turned(image) else image.size
     return Frame(width, height, image.format in ("JPEG", "MPO"))
 

@@ -77,10 +77,15 @@ def _check_fields(model: Any) -> None:
         raise ValueError(f"num_classes is 0 for no classifier, or more: not {model.num_classes}")
     if isinstance(model.frozen, str):  # of which each letter would be a name
         raise ValueError(f"frozen is a sequence of names, not {model.frozen!r}")
+    if not _is_floating(model.dtype):
+        raise ValueError(f"dtype is a float type such as jnp.bfloat16, not {model.dtype!r}")
+
+
+def _is_floating(dtype: Any) -> bool:
     try:
-        jnp.dtype(model.dtype)
-    except TypeError:
-        raise ValueError(f"dtype is a type such as jnp.bfloat16, not {model.dtype!r}") from None
+        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
 def check_model(model: Any, line: str) -> None:

@@ -6,7 +6,9 @@ ours lack, would load and give other numbers.
 """
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 # What wrappers put before every name: DataParallel, torch.compile, Lightning and people.
@@ -128,19 +130,31 @@ def in_our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     Prefixes that all entries share are taken off, and counters are left out.
     """
-    named = {
-        name: value
-        for name, value in state_dict.items()
-        if name not in _COUNTERS and not name.endswith("num_batches_tracked")
-    }
+    named = without_counters(state_dict)
     while prefix := next((p for p in _PREFIXES if _all_start_with(named, p)), ""):
         named = {name.removeprefix(prefix): value for name, value in named.items()}
     for marker, ours in _DIALECTS:
         is_there = re.compile(_part(marker)).search
         if not marker or any(map(is_there, named)):
             rules = [(re.compile(_part(theirs)), our) for theirs, our in ours.items()]
-            named = {_translate(name, rules): value for name, value in named.items()}
+            named = _renamed(named, partial(_translate, rules=rules))
     return named
+
+
+def without_counters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a state_dict but those that count batches or averages."""
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if name not in _COUNTERS and not name.endswith("num_batches_tracked")
+    }
+
+
+def _renamed(named: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """The entries under new names; those that would share one keep theirs, and none is lost."""
+    new = {name: rename(name) for name in named}
+    count = Counter(new.values())
+    return {new[name] if count[new[name]] == 1 else name: named[name] for name in named}
 
 
 def _all_start_with(named: Mapping[str, Any], prefix: str) -> bool:

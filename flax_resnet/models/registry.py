@@ -4,13 +4,8 @@ import difflib
 import os
 from typing import Any, overload
 
-from flax_resnet.models.resnet import ResNet
-from flax_resnet.models.resnet9 import ResNet9
-from flax_resnet.models.variants import VARIANTS
-from flax_resnet.models.vgg import VGG
+from flax_resnet.models.variants import VARIANTS, Model
 from flax_resnet.models.weights import pretrained
-
-Model = ResNet | ResNet9 | VGG
 
 
 def list_models() -> list[str]:

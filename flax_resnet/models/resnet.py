@@ -627,7 +627,17 @@ class ResNet(nn.Module):
         """
         rest = f"layer{stage}_rest"
         names = [f"layer{stage}_{i}" for i in range(1, len(rates) + 1)]
-        is_stacked = rest in self.variables["params"]
+        params = self.variables["params"]
+        is_stacked = rest in params
+        if is_stacked:
+            found = len(jax.tree.leaves(params[rest])[0])
+        else:
+            found = sum(name in params for name in names)
+        if found != len(names):
+            raise ValueError(
+                f"the variables are of another model: layer{stage} has {found + 1} blocks there, "
+                f"not {len(names) + 1}"
+            )
 
         def of_each(kind):
             variables = self.variables[kind]

@@ -25,10 +25,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.checks import check_model, check_variables, some
-from flax_resnet.models.dialects import in_our_names
+from flax_resnet.models.dialects import in_our_names, without_counters
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.stacking import is_stacked
-from flax_resnet.models.weight_files import read_state_dict
+from flax_resnet.models.weight_files import read_as_written
 
 _LEAVES = {
     "kernel": "weight",
@@ -48,9 +48,9 @@ def from_torch(
     Args:
       model: a `ResNet`, `ResNet9`, `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
-        channels; values are tensors or arrays. num_batches_tracked is left out, and names
-        are brought to ours, as far as they are known: see `dialects.py`. Or the path or
-        Hub id of one, see `read_state_dict`.
+        channels; values are tensors or arrays. num_batches_tracked is left out. Names that the
+        model has not are brought to ours, as far as they are known: see `dialects.py`. Or the
+        path or Hub id of one, see `read_state_dict`.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
@@ -65,7 +65,7 @@ def from_torch(
     check_model(model, "fr.from_torch(model, state_dict)")
     what = "the state_dict"
     if isinstance(state_dict, str | os.PathLike):
-        what, state_dict = os.fspath(state_dict), read_state_dict(state_dict)
+        what, state_dict = os.fspath(state_dict), read_as_written(state_dict)
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict)
         hint = ": write model.state_dict()" if hasattr(state_dict, "state_dict") else ""
@@ -75,15 +75,17 @@ def from_torch(
         )
     if "params" in state_dict:
         raise ValueError("these are the variables of a Flax model already, and no state_dict")
-    named = in_our_names(state_dict)
     try:
-        arrays = {name: _to_numpy(name, value) for name, value in named.items()}
+        arrays = {n: _to_numpy(n, value) for n, value in without_counters(state_dict).items()}
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    channels = input_channels(arrays) or 3
+    translated = in_our_names(arrays)
+    channels = input_channels(translated) or 3
     shapes: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, (64, 64, channels)))
     paths = sorted(shapes, key=lambda path: path[0], reverse=True)  # the parameters first
     expected = {torch_name(path): path for path in paths}
+    if not expected.keys() <= arrays.keys():
+        arrays = translated
     missing = [name for name in expected if name not in arrays]
     left_over = [name for name in arrays if name not in expected]
     if 2 * len(missing) > len(expected) and 2 * len(left_over) > len(arrays):
@@ -161,11 +163,11 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A state_dict of NumPy arrays, of variables that fit the model; needs no PyTorch."""
+    """A state_dict of NumPy arrays, of all variables of a model; needs no PyTorch."""
     check_model(model, "fr.to_torch(model, variables)")
     check_variables(variables)
     arrays = to_arrays(variables)
-    if "batch_stats" not in variables:
+    if not variables.get("batch_stats"):
         shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
         if "batch_stats" in shapes:
             raise ValueError(

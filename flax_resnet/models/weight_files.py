@@ -1,10 +1,12 @@
 """state_dicts in files and on the Hugging Face Hub; nothing that is in them is run."""
 
 import argparse
+import contextlib
 import logging
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,11 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
         from it without unpickling more than tensors and a script's arguments.
       ImportError: if torch or huggingface_hub would be needed and is not installed.
     """
+    return in_our_names(read_as_written(source))
+
+
+def read_as_written(source: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """What `read_state_dict` reads, under the names that it has there."""
     path = expanded(source)
     # os.path says no where Path raises: a name too long, a folder not to be looked into.
     if not os.path.exists(path) and path.suffix.lower() not in _SUFFIXES:
@@ -56,7 +63,7 @@ def read_state_dict(source: str | os.PathLike[str]) -> dict[str, Any]:
                 "timm/resnet18.a1_in1k"
             )
         path = download(os.fspath(source))
-    return in_our_names(_read(path))
+    return _read(path)
 
 
 def _read(path: Path, *, is_shard: bool = False) -> Mapping[str, Any]:
@@ -106,24 +113,36 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         ):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        # PyTorch's own message says how to run what is in the file.
-        unknown = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = "it is damaged, or holds more than tensors; nothing in it was run"
-        if unknown:
-            reason = (
-                f"it holds more than tensors, {unknown[1]}; nothing in it was run. In PyTorch "
-                "write torch.save(model.state_dict(), path)"
-            )
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        raise ValueError(f"cannot read {path}: {_why_not(path, error)}") from error
     return _unwrap(path, content)
 
 
+def _why_not(path: Path, error: Exception) -> str:
+    """Why PyTorch does not read a file; its own message says how to run what is in it."""
+    names: list[str] = []
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "it is TorchScript, which is code. In PyTorch write "
+            "torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
+    if any(name.endswith(".npy") for name in names):
+        return "it is an archive of NumPy: give the dict of its arrays"
+    if unknown := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"it holds more than tensors, {unknown[1]}; nothing in it was run. In PyTorch "
+            "write torch.save(model.state_dict(), path)"
+        )
+    return "it is damaged, or holds more than tensors; nothing in it was run"
+
+
 def _harmless() -> list[Any]:
-    """What scripts keep beside tensors: their arguments, and a number of NumPy's, the accuracy."""
+    """What scripts keep beside tensors: their arguments, and a value of NumPy's, the accuracy."""
     scalar = np.float64(0).__reduce__()[0]
     names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    numbers = [np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType]
-    return [argparse.Namespace, np.dtype, *numbers, *((scalar, name) for name in names)]
+    kinds = [type(np.dtype(name)) for name in ("f8", "f4", "i8", "i4", "?")]
+    return [argparse.Namespace, np.dtype, *kinds, *((scalar, name) for name in names)]
 
 
 def _unwrap(path: Path, content: Any) -> dict[str, Any]:
@@ -136,14 +155,18 @@ def _unwrap(path: Path, content: Any) -> dict[str, Any]:
                 "%s holds %s: %s is taken", path, " and ".join(found), found[0]
             )
         content = wrapped[found[0]]
-    if not isinstance(content, Mapping) or not all(
-        isinstance(name, str) and hasattr(value, "detach") for name, value in content.items()
-    ):
-        held = type(content).__name__
-        if isinstance(content, Mapping):
-            held = f"a dict of {some(content)}"
-        raise ValueError(f"{path} holds no state_dict, which is a dict of tensors, but {held}")
-    return dict(content)
+    no_state_dict = f"{path} holds no state_dict, which is a dict of tensors, but"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{no_state_dict} {type(content).__name__}")
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and hasattr(value, "detach")
+    }
+    if len(tensors) != len(content):
+        others = some(name for name in content if name not in tensors)
+        raise ValueError(f"{no_state_dict} a dict of {'tensors and ' * bool(tensors)}{others}")
+    return tensors
 
 
 def _guess(head: bytes) -> str | None:

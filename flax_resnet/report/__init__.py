@@ -104,15 +104,12 @@ def _render(**values: object) -> str:
 
 def report_after_training(workdir: str | Path) -> None:
     """Writes the report of a run that is done, on the first host; says so where it cannot."""
-
-    def write() -> None:
-        if jax.process_index() > 0:
-            return
-        say(f"writing {Path(workdir) / 'report.html'}")
-        try:
+    try:
+        if jax.process_index() == 0:
+            say(f"writing {Path(workdir) / 'report.html'}")
             write_report([workdir])
-        except Exception as error:  # whatever it is, the run is done and on disk
-            warn(f"there is no report: {one_line(error)}")
-
-    # The others wait for it as processes: their devices would give up.
-    hosts.first_host_first("report", write)
+    except Exception as error:  # whatever it is, the run is done and on disk
+        warn(f"there is no report: {one_line(error)}")
+    finally:
+        # The others wait for it as processes: their devices would give up.
+        hosts.wait_for_all("report")

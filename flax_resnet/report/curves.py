@@ -42,8 +42,8 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     def accuracy(value: float) -> float:
         return 100 * value
 
-    def error(value: float) -> float | None:
-        return 100 * (1 - value) or None  # no error at all has no logarithm
+    def error(value: float) -> float:
+        return 100 * (1 - value)
 
     splits = ("test", "train")
     shown = [
@@ -62,7 +62,7 @@ def _chart(
     x: str,
     records_of_runs: Sequence[Sequence[Record]],
     keys: Mapping[str, str],
-    change: Callable[[float], float | None] = float,
+    change: Callable[[float], float] = float,
     *,
     log: bool = False,
 ) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def _chart(
     for run, records in enumerate(records_of_runs):
         for split, key in keys.items():
             points = [
-                (record[x], _rounded(value))
+                (record[x], _rounded(change(record[key])))
                 for record in records
-                if record.get(key) is not None and (value := change(record[key])) is not None
+                if record.get(key) is not None
             ]
             points = points[:: math.ceil(len(points) / _POINTS)] if points else []
             if points:

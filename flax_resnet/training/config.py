@@ -20,6 +20,8 @@ from flax_resnet.models import VGG, ResNet, ResNet9, create_model
 from flax_resnet.models.freezing import is_frozen, names_of
 from flax_resnet.models.shapes import variable_shapes
 
+FOLDER = "folder:"  # before the path of a folder of pictures, as a data set
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -297,7 +299,7 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     run = Config(**checked)
     if run.schedule == "onecycle" and not run.warmup_epochs:
         problems.append("schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle")
-    if run.dataset.startswith("folder:") and run.image_size is None:
+    if run.dataset.startswith(FOLDER) and run.image_size is None:
         problems.append("a folder of pictures needs image_size, such as 224")
     if run.crop == "resized" and run.image_size is None:
         problems.append("crop 'resized' needs image_size, such as 224")

@@ -28,7 +28,7 @@ from flax_resnet.data import (
 from flax_resnet.errors import InputError
 from flax_resnet.progress import say
 from flax_resnet.training import hosts
-from flax_resnet.training.config import Config, numbers_of
+from flax_resnet.training.config import FOLDER, Config, numbers_of
 from flax_resnet.training.hardware import host_memory
 from flax_resnet.training.jsonfiles import read_json, user_path
 from flax_resnet.training.mesh import platform
@@ -36,7 +36,6 @@ from flax_resnet.training.mesh import platform
 _SHARE_OF_MEMORY = 0.25
 _SMALLEST_DEVICE = 4 << 30
 _BYTES_AT_ONCE = 4 << 20  # four times as many where they are squared
-FOLDER = "folder:"
 # Of ImageNet's training images, as torchvision and timm have them.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _OF_RESNETV2 = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # as timm has them in resnetv2.py
@@ -260,26 +259,23 @@ def _normalization(
     config: Config, workdir: Path, train: Split, facts: Mapping[str, Any]
 ) -> Statistics:
     """(mean, std), as `config.normalize` says."""
-    channels = train.image_shape[2]
-    how: str | Statistics = numbers_of(config.normalize) or config.normalize
+    channels, chosen = train.image_shape[2], numbers_of(config.normalize)
     begun = workdir / "dataset.json"
     stored = read_json(begun) if begun.exists() else None
-    if how == "auto":
-        how = "data"
-        if config.init_from:
-            how = _of_source(config) if stored is None else _stored(stored, begun)
-    if how == "imagenet":
-        how = _IMAGENET
-    if isinstance(how, str):
+    if config.normalize == "imagenet":
+        chosen = _IMAGENET
+    elif config.normalize == "auto" and config.init_from:
+        chosen = _of_source(config) if stored is None else _stored(stored, begun)
+    if chosen is None:  # those of the data
         if stored is None or "train" not in facts or stored.get("train") != facts["train"]:
             return _measure(config, train)
-        how = _stored(stored, begun)  # the same pictures, which need not be read for it
-    if len(how[0]) != channels:
+        chosen = _stored(stored, begun)  # the same pictures, which need not be read for it
+    if len(chosen[0]) != channels:
         raise InputError(
-            f"normalize={config.normalize} is of {len(how[0])} channels, and the images have "
+            f"normalize={config.normalize} is of {len(chosen[0])} channels, and the images have "
             f"{channels}: --config.normalize=data is of as many"
         )
-    return how
+    return chosen
 
 
 def _of_source(config: Config) -> Statistics:

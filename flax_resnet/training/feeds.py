@@ -34,7 +34,7 @@ from flax_resnet.training.plan import Plan
 from flax_resnet.training.steps import Metrics, TrainState
 
 # Enough that the time between two calls does not count, few enough to stop within seconds.
-_STEPS_A_CALL = 16
+STEPS_A_CALL = 16
 
 
 class Feed(Protocol):
@@ -111,10 +111,10 @@ class _Resident:
         )
         step = programs.make_train_step(plan, rollbacks)
         training: list[Any] = [(step, self._batch(0))]
-        if platform(mesh) != "cpu" and plan.steps_per_epoch >= _STEPS_A_CALL:
-            self.steps_a_call = _STEPS_A_CALL
+        if platform(mesh) != "cpu" and plan.steps_per_epoch >= STEPS_A_CALL:
+            self.steps_a_call = STEPS_A_CALL
             many = programs.make_train_steps(
-                step, pick, steps_per_epoch=plan.steps_per_epoch, steps=_STEPS_A_CALL
+                step, pick, steps_per_epoch=plan.steps_per_epoch, steps=STEPS_A_CALL
             )
             training.insert(0, (many, self._train, self._order(0)))
         (*many_steps, self._step), self._eval_step, self.formats = _compile(
@@ -189,7 +189,7 @@ class _Streamed:
         self._test_batches = read_ahead(self._test, config)
         # The next batch is on its way to the device while a step runs. There is none for a run
         # that was stopped in its last evaluation.
-        self._ahead = self._read_ahead()
+        self._ahead = self._next_batch()
 
     def advance(self, state: TrainState, step: int, count: int) -> tuple[TrainState, Metrics]:
         assert (step, count) == (self._next_step, 1)
@@ -197,10 +197,10 @@ class _Streamed:
             raise self._ahead
         state, metrics = self._step(state, self._ahead)
         self._next_step += 1
-        self._ahead = self._read_ahead()
+        self._ahead = self._next_batch()
         return state, metrics
 
-    def _read_ahead(self) -> dict[str, jax.Array] | InputError | None:
+    def _next_batch(self) -> dict[str, jax.Array] | InputError | None:
         """The next batch; or why there is none, to be raised when the step before is kept."""
         if self._next_step == self._plan.total_steps:
             return None

@@ -12,11 +12,11 @@ from typing import Any
 
 import filelock
 
-from flax_resnet.data.datasets import LARGEST_IMAGE, special_file
+from flax_resnet.data.datasets import LARGEST_IMAGE, entries_below
 from flax_resnet.errors import InputError, printable
 from flax_resnet.training.checkpoint_files import steps_in
-from flax_resnet.training.config import Config
-from flax_resnet.training.data import FOLDER, Data
+from flax_resnet.training.config import FOLDER, Config
+from flax_resnet.training.data import Data
 from flax_resnet.training.jsonfiles import is_list_of, read_json, write_json
 from flax_resnet.training.own import without_replaced
 
@@ -112,8 +112,9 @@ def check_files(workdir: Path) -> None:
     Raises:
       InputError: names it.
     """
-    if (path := special_file(workdir, _DEPTH)) is not None:
-        raise InputError(f"{path} is not a file: take it out of the folder of the run")
+    for entry in entries_below(workdir, _DEPTH):
+        if not entry.is_file():
+            raise InputError(f"{entry.path} is not a file: take it out of the folder of the run")
 
 
 def _check_brought(workdir: Path, theirs: Any, ours: Mapping[str, str]) -> None:

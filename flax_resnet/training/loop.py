@@ -45,6 +45,8 @@ class Loop:
     history: History
 
     _step: int = 0  # steps begun
+    _end_of_epoch: int = 0
+    _began: float = 0.0  # by time.perf_counter, with what earlier starts took of the epoch
     _running: list[Metrics] = field(default_factory=list)  # of calls that have not come back
     _seconds_a_call: float = 0.0
 

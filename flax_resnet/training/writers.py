@@ -155,7 +155,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)")):
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

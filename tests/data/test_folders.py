@@ -1,10 +1,12 @@
 """A folder of photographs as a data set."""
 
+import errno
 import os
 import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from flax_resnet.data import Folder, Photos, Sizing, photos, without_bad
 from flax_resnet.data.batches import TrainBatches, example_random
@@ -172,6 +174,22 @@ def test_pictures_are_looked_at_once(pictures, user_cache, monkeypatch):
     bad.write_bytes(b"GIF89a")
     with pytest.raises(InputError, match=r"1 pictures of 24 cannot be read: .*bees/2.jpg;"):
         without_bad(Folder(str(pictures), "train"), skip=False)
+
+
+def test_picture_that_can_be_read_again(pictures, user_cache, monkeypatch):
+    folder = Folder(str(pictures), "train")
+
+    def refuses(path, **kwargs):
+        if path == folder.paths[5]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, **kwargs)
+
+    real = Image.open
+    monkeypatch.setattr(Image, "open", refuses)
+    with pytest.raises(InputError, match="1 pictures of 24 cannot be read"):
+        without_bad(folder, skip=False)
+    monkeypatch.undo()
+    assert without_bad(folder, skip=False) == (folder, 0)
 
 
 def test_file_that_vanishes_is_named(pictures):

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import stats
 
 from flax_resnet.data.pictures import (
@@ -92,15 +92,14 @@ def test_large_jpegs_are_decoded_at_a_fraction():
     assert np.abs(np.int32(ours) - np.asarray(whole)).mean() < 3
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_pictures_are_cropped_upright(orientation):
+def test_turned_pictures_are_cropped_upright(orientation, kind):
     image = draw(60, 40)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = encoded(image, "jpeg", quality=100, subsampling=0, exif=exif)
+    file = encoded(image, kind, quality=100, subsampling=0, exif=exif)
     with Image.open(file) as stored:
-        from PIL import ImageOps
-
         turned = ImageOps.exif_transpose(stored)
     for seed in range(3):
         box = random_box(np.random.default_rng(seed), *turned.size, AREA, RATIO)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +119,35 @@ def test_unknown_names_are_shown_beside_ours():
     assert "trunk.0.weight, trunk.1.weight, trunk.2.weight, " in message
     assert "trunk.4.weight and 4 more, where the model has bn1.bias, bn1.weight, conv1" in message
     assert len(message) < 400
+
+
+def test_entries_that_would_share_a_name_are_left_over():
+    arrays = to_arrays(draw(BASIC))
+    ours = {f"backbone.{name}": array for name, array in arrays.items()}
+    for state_dict, left_over in (
+        (arrays | {"linear.bias": arrays["fc.bias"]}, "linear.bias"),
+        # Lightning: a net with a classifier, and another behind it.
+        (ours | {"fc.bias": arrays["fc.bias"]}, "backbone.fc.bias"),
+    ):
+        with pytest.raises(ValueError, match=f"not fit the model: left over {left_over}$"):
+            fr.from_torch(BASIC, state_dict)
+
+
+class Own(nn.Module):
+    """A model whose modules have names that are prefixes elsewhere."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        without_head = SMALL | {"num_classes": 0}
+        x = fr.ResNet(fr.BasicBlock, (1, 1), **without_head, name="backbone")(x, train)
+        return nn.Dense(3, name="head")(x)
+
+
+def test_names_of_ones_own_model_stay(tmp_path):
+    variables = draw(Own())
+    fr.save_weights(Own(), variables, tmp_path / "own.safetensors")
+    for source in (to_arrays(variables), tmp_path / "own.safetensors"):
+        chex.assert_trees_all_equal(fr.from_torch(Own(), source), variables)
 
 
 def test_deep_stem_is_not_taken_for_another_dialect():

@@ -340,6 +340,10 @@ def test_stacked_blocks_are_the_same_blocks(rng):
     chex.assert_trees_all_equal(fr.stack_blocks(stacked), stacked)
     with pytest.raises(ValueError, match="the blocks are stacked, for scan_blocks=True"):
         model.clone(scan_blocks=False).apply(stacked, x, train=False)
+    deeper = model.clone(layers=(14, 1, 2))
+    for variables_of_another in (variables, stacked):
+        with pytest.raises(ValueError, match="another model: layer1 has 12 blocks there, not 14"):
+            deeper.apply(variables_of_another, x, train=False)
     # As optax.masked has it, a part without arrays beside one that has them.
     none = jax.tree.map(lambda _: None, stacked)
     both = fr.unstack_blocks({"some": stacked, "none": none})

@@ -266,6 +266,7 @@ class TestPickles:
         file = tmp_path / "checkpoint.pth"
         arguments = argparse.Namespace(model="resnet18", lr=0.1)  # as timm and torchvision have
         beside = {"optimizer": {"lr": 0.1}, "best": np.float64(0.9), "step": np.int64(3)}
+        beside |= {"is_best": np.bool_(True), "epoch": np.int32(3), "loss": np.float32(1)}
         torch.save({"args": arguments, wrapper: wrapped, **beside}, file)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, file), variables)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, wrapped), variables)
@@ -304,6 +305,14 @@ class TestPickles:
         reason = r"Linear; nothing in it was run\. In PyTorch write torch\.save\(model\.state_dict"
         assert_refused(tmp_path / "whole.pt", reason=reason)
 
+    def test_other_archives(self, tmp_path, arrays):
+        torch = pytest.importorskip("torch")
+        with warnings.catch_warnings(action="ignore"):  # tracing is deprecated
+            torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)).save(tmp_path / "script.pt")
+        assert_refused(tmp_path / "script.pt", reason="TorchScript, which is code.*state_dict")
+        np.savez(tmp_path / "arrays.npz", **arrays)
+        assert_refused(tmp_path / "arrays.npz", reason="an archive of NumPy")
+
     def test_damaged(self, tmp_path, tensors):
         import torch
 
@@ -318,6 +327,7 @@ class TestPickles:
         for content, held in (
             ({"epoch": 3, "optimizer": {}}, "a dict of epoch, optimizer"),
             ({0: torch.zeros(3)}, "a dict of 0"),
+            ({"model": {"a": torch.zeros(3), "b": None}}, "a dict of tensors and b"),
             ([1, 2], "list"),
             (torch.zeros(3), "Tensor"),
         ):

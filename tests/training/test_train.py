@@ -396,7 +396,7 @@ def test_many_steps_a_call(config, tmp_path, monkeypatch):
     lie in another order.
     """
     monkeypatch.setattr(feeds, "platform", lambda mesh: "gpu")
-    monkeypatch.setattr(feeds, "_STEPS_A_CALL", 3)
+    monkeypatch.setattr(feeds, "STEPS_A_CALL", 3)
     calls = []
     make = programs.make_train_steps
     monkeypatch.setattr(

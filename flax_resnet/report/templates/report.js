@@ -14,8 +14,8 @@ function isShown(line) {
   });
 }
 
-function format(value) {
-  return value.toLocaleString("en", {maximumSignificantDigits: 4});
+function format(value, digits = 4) {
+  return value.toLocaleString("en", {maximumSignificantDigits: digits});
 }
 
 function makeScale([low, high], from, to, log) {
@@ -83,10 +83,10 @@ function draw(chart) {
   for (const tick of ticks(yRange, 5, log)) {
     const y = chart.toY(tick);
     drawn += `<path class="grid" d="M${MARGIN.left},${y}H${right}"/>`
-      + `<text x="${MARGIN.left - 6}" y="${y + 4}" text-anchor="end">${format(tick)}</text>`;
+      + `<text x="${MARGIN.left - 6}" y="${y + 4}" text-anchor="end">${format(tick, 9)}</text>`;
   }
   for (const tick of ticks([first, last], Math.max(2, width / 70), false, 1)) {
-    drawn += `<text x="${chart.toX(tick)}" y="${bottom + 17}" text-anchor="middle">${format(tick)}</text>`;
+    drawn += `<text x="${chart.toX(tick)}" y="${bottom + 17}" text-anchor="middle">${format(tick, 9)}</text>`;
   }
   drawn += `<text x="${(MARGIN.left + right) / 2}" y="${height - 3}" text-anchor="middle">${x}</text>`;
   for (const line of chart.points) {
@@ -120,7 +120,7 @@ function point(chart, value, isHere) {
   if (!isHere) return;
   chart.at = nearest;
   const table = document.createElement("table");
-  table.createCaption().textContent = `${chart.x} ${format(nearest)}`;
+  table.createCaption().textContent = `${chart.x} ${format(nearest, 9)}`;
   for (const line of chart.points) {
     const found = line.at.find(([at]) => at === nearest);
     if (!found) continue;
