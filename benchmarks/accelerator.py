@@ -1,6 +1,7 @@
 """Everything worth knowing of a GPU or TPU, in the time that there is.
 
     python benchmarks/accelerator.py --minutes 25 --output DIR [--data_dir DATA]
+    python benchmarks/accelerator.py --minutes 8 --output DIR --stages step loop
     python benchmarks/accelerator.py --smoke --output DIR    # in small, and on a CPU too
 
 Stages, the most worth knowing first, each a command in a process of its own and with a time of
@@ -36,7 +37,8 @@ SECONDS_TO_STOP = 20
 
 
 # Of PyTorch's variants the one that should be the fastest on a GPU; others would take minutes.
-STEP = ("benchmarks/train_step.py", "--variants", "compile channels_last", "--seconds=1")
+FASTEST = "compile channels_last"
+STEP = ("benchmarks/train_step.py", "--variants", FASTEST, "--seconds=1")
 
 
 class Stage(NamedTuple):
@@ -76,7 +78,7 @@ def stages(output: Path, card: str | None) -> list[Stage]:
             5,
             (*STEP, "--nets", "cifar_resnet18", "--batch_sizes", *batches, "--rounds=3"),
         ),
-        Stage("loop", 5, ("benchmarks/training_loop.py", "--rounds=1")),
+        Stage("loop", 6, ("benchmarks/training_loop.py", "--rounds=3")),
         Stage(
             "step50",
             4,
@@ -99,7 +101,10 @@ def stages(output: Path, card: str | None) -> list[Stage]:
         Stage(
             "speedrun",
             8,
-            ("benchmarks/speedrun.py", "--rounds=1", f"--workdir={output / 'runs' / 'speedrun'}"),
+            (
+                *("benchmarks/speedrun.py", "--rounds=1", "--variant", FASTEST),
+                f"--workdir={output / 'runs' / 'speedrun'}",
+            ),
         ),
         *(
             Stage(
@@ -113,7 +118,7 @@ def stages(output: Path, card: str | None) -> list[Stage]:
     ]
     if card:
         roofline = ("benchmarks/compiled.py", "--cards", card, "--programs", *programs)
-        found.insert(7, Stage("roofline", 2, roofline))
+        found.insert(-1, Stage("roofline", 2, roofline))  # which leaves the device idle
     return found
 
 
@@ -173,7 +178,7 @@ def run(stage: Stage, output: Path, seconds: float) -> dict[str, Any]:
             cwd=ROOT,
             stdout=out,
             stderr=log,
-            start_new_session=True,
+            process_group=0,
         )
         end = "done"
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -183,7 +188,7 @@ def run(stage: Stage, output: Path, seconds: float) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 end, seconds = "out of time", SECONDS_TO_STOP
                 os.killpg(process.pid, number)
-            except BaseException:  # Ctrl-C
+            except BaseException:  # Ctrl-C, SIGTERM
                 os.killpg(process.pid, signal.SIGTERM)
                 raise
         code = process.wait()
@@ -247,7 +252,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder not there yet")
     parser.add_argument("--data_dir", type=Path, help="with CIFAR-10; else $TFDS_DATA_DIR")
     parser.add_argument("--smoke", action="store_true", help="each kind of stage in small")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="these alone")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     ends = time.monotonic() + 60 * arguments.minutes
     output = arguments.output.absolute()
     device = describe_device()
@@ -255,6 +262,14 @@ def main() -> None:
         parser.error(
             "JAX sees no GPU or TPU here: see docs/how-to/gpu-tpu.md; --smoke goes without"
         )
+    cards = {"H100": "h100", "A100": "a100", "v5 lite": "v5e", "v6 lite": "v6e"}
+    card = next((card for name, card in cards.items() if name in device), None)
+    chosen = smoke_stages(output) if arguments.smoke else stages(output, card)
+    if arguments.stages:
+        if unknown := set(arguments.stages) - {stage.name for stage in chosen}:
+            known = ", ".join(stage.name for stage in chosen)
+            parser.error(f"--stages: {', '.join(sorted(unknown))} is none of {known}")
+        chosen = [stage for stage in chosen if stage.name in arguments.stages]
     try:
         output.mkdir(parents=True)
     except FileExistsError:
@@ -265,11 +280,9 @@ def main() -> None:
     if arguments.data_dir:
         os.environ["TFDS_DATA_DIR"] = str(arguments.data_dir.absolute())
 
-    cards = {"H100": "h100", "A100": "a100", "v5 lite": "v5e", "v6 lite": "v6e"}
-    card = next((card for name, card in cards.items() if name in device), None)
     print(f"on {device}", flush=True)
     failed = False
-    for stage in smoke_stages(output) if arguments.smoke else stages(output, card):
+    for stage in chosen:
         left = ends - time.monotonic() - SECONDS_TO_STOP
         if left < SECONDS_TO_STOP:
             line = {"stage": stage.name, "end": "no time left"}

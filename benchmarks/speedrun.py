@@ -117,6 +117,7 @@ def torch_optimizer(model: Any, config: Any) -> Any:
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        fused=torch.cuda.is_available() or None,
     )
 
 
@@ -141,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Our shortest training against PyTorch's.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workdir", type=Path, help="keeps our runs; a folder not there yet")
+    parser.add_argument("--variant", help="of PyTorch; else the fastest")
     arguments = parser.parse_args()
     if arguments.workdir and arguments.workdir.exists():
         parser.error(f"--workdir: {arguments.workdir} is there already")
@@ -151,7 +153,10 @@ def main() -> None:
     on_cpu = not torch.cuda.is_available()
     config = recipe(0)
     fields = {name: value for name, value in config.model_fields.items() if value is not None}
-    variant = train_step.best_variant(config.model, config.batch_size, keep_memory=on_cpu, **fields)
+    variants = [arguments.variant] if arguments.variant else train_step.VARIANTS
+    variant = train_step.best_variant(
+        config.model, config.batch_size, keep_memory=on_cpu, variants=variants, **fields
+    )
     # glibc reads it when the process of a run starts.
     os.environ["GLIBC_TUNABLES"] = train_step.KEEP_MEMORY if on_cpu else ""
     print("| seed | ours, s | accuracy | PyTorch, s | accuracy | ratio |")

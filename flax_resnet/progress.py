@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import logging as absl_logging
 from tqdm import tqdm
 
@@ -118,7 +117,6 @@ class Progress:
     def __init__(self, num_epochs: int, total_images: int, done_images: int):
         self._num_epochs = num_epochs
         self._total, self._done = total_images, done_images
-        self._epoch, self._steps, self._sums = 0, 0, np.zeros(2)
         # When and with how many images the clock began, which is after the first steps.
         self._started, self._first = None, done_images
         self._evaluating, self._has_evaluated = 0.0, False
@@ -132,16 +130,11 @@ class Progress:
             disable=not shows_bars(),
         )
 
-    def step(self, epoch: int, images: int, losses: np.ndarray, accuracies: np.ndarray) -> None:
+    def step(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
         """Counts the images of a few steps, and shows the means over the epoch so far."""
         self._done += images
         if self._started is None:
             self._started, self._first = time.monotonic(), self._done
-        if epoch != self._epoch:
-            self._epoch, self._steps, self._sums = epoch, 0, np.zeros(2)
-        self._steps += len(losses)
-        self._sums += [losses.sum(), accuracies.sum()]
-        loss, accuracy = self._sums / self._steps
         now = f"{self._of(epoch)}, loss {loss:.4f}, accuracy {accuracy:.2%}"
         if not self._bar.disable:
             self._describe(now)

@@ -32,6 +32,29 @@ def test_each_kind_of_stage_runs_on_a_cpu(tmp_path):
     assert list((output / "runs" / "profile").glob("plugins/profile/*/*.xplane.pb"))
 
 
+def test_stages_that_are_chosen_run_alone(tmp_path, monkeypatch, capsys):
+    def main(*names):
+        command = ["accelerator.py", "--smoke", f"--output={tmp_path / 'out'}", "--stages", *names]
+        monkeypatch.setattr(sys, "argv", command)
+        accelerator.main()
+
+    def run(stage, *_):
+        done.append(stage.name)
+        return {"stage": stage.name, "end": "done"}
+
+    done = []
+    monkeypatch.setattr(accelerator, "run", run)
+    monkeypatch.setattr(accelerator, "describe_device", lambda: "cpu")
+    monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        main("lopp")
+    assert "lopp is none of parity, signal, step, loop, profile" in capsys.readouterr().err
+    monkeypatch.setenv("TFDS_DATA_DIR", "")  # which it sets
+    with pytest.raises(SystemExit, match="False"):
+        main("loop", "parity")
+    assert done == ["parity", "loop"]
+
+
 @pytest.mark.parametrize("name", ["inference", "parity", "train_step"])
 def test_nets_of_a_benchmark_are_there(name, monkeypatch):
     pytest.importorskip("torch")

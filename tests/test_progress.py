@@ -5,7 +5,6 @@ import io
 import logging
 import sys
 
-import numpy as np
 import pytest
 from absl import logging as absl_logging
 
@@ -21,7 +20,7 @@ class Terminal(io.StringIO):
 def run(images=10):
     with contextlib.closing(progress.Progress(3, 300, 100)) as shown:
         for _ in range(images):
-            shown.step(2, 10, np.array([0.4, 0.6]), np.array([0.5, 0.0]))
+            shown.step(2, 10, 0.5, 0.25)
         say("a line")
         return shown.time_left()
 
@@ -49,14 +48,13 @@ def test_plain_lines_come_once_a_minute(monkeypatch, capsys):
 def test_time_left_goes_by_the_speed_of_this_start(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    metrics = np.array([0.5]), np.array([0.25])
     with contextlib.closing(progress.Progress(3, 300, 100)) as shown:
         assert shown.time_left() == "?"
         now = 50.0
-        shown.step(2, 10, *metrics)  # with what is done once
+        shown.step(2, 10, 0.5, 0.25)  # with what is done once
         assert shown.time_left() == "?"
         now = 70.0
-        shown.step(2, 40, *metrics)
+        shown.step(2, 40, 0.5, 0.25)
         assert shown.time_left() == "01:15"
         shown.evaluating(2)
         now = 100.0

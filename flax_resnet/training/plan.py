@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from flax_resnet.errors import InputError, short_reason
-from flax_resnet.models import ResNet, create_model, native
+from flax_resnet.models import ResNet, create_model, native, stack_blocks
 from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import files, hosts
@@ -121,6 +121,8 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
     _check_sizes(config, data, own)
     steps_per_epoch = len(data.train) // config.batch_size
     total_steps = config.num_steps or config.num_epochs * steps_per_epoch
+    if total_steps >= 2**31:  # they are counted in 32 bits
+        raise InputError(f"a run of {total_steps:,} steps is too long: of 2**31 - 1 at most")
     if config.profile_steps and config.profile_steps[0] >= total_steps:
         raise InputError(
             f"profile_steps={config.profile_steps} of a run of only {total_steps} steps"
@@ -224,8 +226,11 @@ def _check_shapes(plan: Plan) -> None:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     if plan.augment is not None:
         images = _shape_of("augment", plan.augment, images, keys)
-        if images.ndim != 4 or images.shape[0] != size:
-            raise InputError(f"augment gives {_words(images)}, not images [{size}, H, W, C]")
+        channels = plan.data.train.image_shape[2]
+        if images.ndim != 4 or (images.shape[0], images.shape[3]) != (size, channels):
+            raise InputError(
+                f"augment gives {_words(images)}, not images [{size}, H, W, {channels}]"
+            )
     if "model" in plan.brought:
         variables = _attempt("model", variable_shapes, plan.model, plan.data.train.image_shape)
         if others := sorted(set(variables) - {"params", "batch_stats"}):
@@ -244,7 +249,7 @@ def _check_shapes(plan: Plan) -> None:
                 )
     if "optimizer" in plan.brought:
         params = variable_shapes(plan.model, plan.data.train.image_shape)["params"]
-        _attempt("optimizer", jax.eval_shape, partial(_one_update, plan.optimizer), params)
+        _attempt("optimizer", jax.eval_shape, partial(_one_update, plan), params)
     if "loss" in plan.brought:
         logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
         losses = _shape_of("loss", plan.loss, logits, jax.ShapeDtypeStruct((size,), jnp.int32))
@@ -261,13 +266,31 @@ def _logits(model: nn.Module, train: bool, variables: Any, images: jax.Array) ->
         return model.apply(variables, images, train=False)
     logits, after = apply_in_training(model, variables, images, jax.random.key(0))
     before = variables.get("batch_stats", {})
-    if jax.tree.structure(after) != jax.tree.structure(before):
+    if not _are_alike(after, before):
         raise ValueError("its batch_stats are not those that it has with train=False")
     return logits
 
 
-def _one_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    return optimizer.update(params, optimizer.init(params), params)
+def _one_update(plan: Plan, params: Any) -> Any:
+    """As `train_step` has it, of parameters as they are initialised."""
+    opt_state = plan.optimizer.init(params)
+    if plan.scans_blocks:
+        params, opt_state = stack_blocks((params, opt_state))
+    updates, after = plan.optimizer.update(params, opt_state, params)
+    if not _are_alike(after, opt_state):
+        hint = "; with scan_blocks=False it might" if plan.scans_blocks else ""
+        raise ValueError(f"its state does not keep its shapes and dtypes in a step{hint}")
+    return updates
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two trees have the same structure, shapes and dtypes."""
+
+    def form(leaf):
+        kind = jax.typeof(leaf)
+        return kind.shape, kind.dtype
+
+    return jax.tree.map(form, one) == jax.tree.map(form, other)
 
 
 def _shape_of(what: str, function: Callable[..., Any], *arguments: Any) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 
+from flax_resnet.errors import short_reason
+from flax_resnet.progress import warn
 from flax_resnet.training.plan import Plan
 
 
@@ -33,7 +35,10 @@ class Profiler:
             self.close()
 
     def close(self) -> None:
-        """Writes the trace."""
+        """Writes the trace; says so where it cannot, which is no reason to end the run."""
         if self._tracing:
             self._tracing = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (jax.errors.JaxRuntimeError, OSError) as error:
+                warn(f"there is no profile: {short_reason(error)}")

@@ -204,11 +204,17 @@ def update_ema(state: TrainState, decay: float) -> TrainState:
     """The state after a step with its moving average brought up to date.
 
     After t steps it is decay * average + (1 - decay) * new, where decay is (1 + t) / (10 + t)
-    as long as that is less: as in tf.train.ExponentialMovingAverage with num_updates.
+    as long as that is less: as in tf.train.ExponentialMovingAverage with num_updates. What is no
+    float, a counter say, is that of the last step.
     """
     steps = jnp.float32(state.step)
     step_size = 1 - jnp.minimum(decay, (1 + steps) / (10 + steps))
-    return state.replace(ema=optax.incremental_update(state.variables, state.ema, step_size))
+    mean = optax.incremental_update(state.variables, state.ema, step_size)
+
+    def of_its_type(mean, new):
+        return mean.astype(jnp.result_type(new)) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return state.replace(ema=jax.tree.map(of_its_type, mean, state.variables))
 
 
 def _gradient_norms(grads: Any, frozen: Sequence[str]) -> Metrics:

@@ -232,9 +232,9 @@ class ProgressBar(Writer):
         )
 
     def steps(self, history: History, metrics: Mapping[str, np.ndarray]) -> None:
-        loss, accuracy = metrics["loss"], metrics["accuracy"]
+        means, images = history.means(), len(metrics["loss"]) * self._batch_size
         epoch = len(history.records) + 1
-        self._progress.step(epoch, len(loss) * self._batch_size, loss, accuracy)
+        self._progress.step(epoch, images, means["train_loss"], means["train_accuracy"])
 
     def evaluating(self, epoch: int) -> None:
         self._progress.evaluating(epoch)
@@ -253,8 +253,9 @@ class ProgressBar(Writer):
 
     def close(self) -> None:
         self._progress.close()
-        records = self._history.records
-        if len(records) == self._plan.num_epochs:
+        records, error = self._history.records, sys.exc_info()[1]
+        # Not of a run whose end could not be written.
+        if len(records) == self._plan.num_epochs and not isinstance(error, Exception):
             say(ending(records))
             say(f"TensorBoard: tensorboard --logdir {self._plan.workdir}")
 

@@ -279,6 +279,14 @@ def test_profile_of_a_few_steps(config, tmp_path):
     assert trace.stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_profile_that_cannot_be_written(config, tmp_path, capfd):
+    (tmp_path / "plugins").touch()  # where its folder would be
+    config = changed(config, num_steps=4, warmup_epochs=0.0, profile_steps=(1, 3))
+    assert int(fr.train(config, tmp_path).step) == 4
+    assert "there is no profile: " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("steps", [(3,), (3, 3), (-1, 2), (1, 2, 3)])
 def test_profile_steps_are_two(config, tmp_path, steps):
     with pytest.raises(fr.InputError, match=r"profile_steps must be \(first, stop\)"):

@@ -88,6 +88,9 @@ class Listed:
 
 
 DATA = arrays(50), arrays(20)
+SCANNING = fr.ResNet(
+    *(fr.BasicBlock, (2, 1), 3), widths=(4, 8), strides=(1, 2), cifar_stem=True, scan_blocks=True
+)
 OWN: dict[str, Any] = {
     "model": CNN(),
     "data": DATA,
@@ -439,6 +442,15 @@ class LateNorm(CNN):
             {"augment": lambda images, keys: images[0]},
             r"augment gives uint8\[8, 8, 3\], not images",
         ),
+        (
+            {"augment": lambda images, keys: images[..., :1]},
+            r"augment gives uint8\[16, 8, 8, 1\], not images \[16, H, W, 3\]",
+        ),
+        (
+            {"model": SCANNING, "optimizer": optax.adafactor},
+            "optimizer cannot be used: ValueError: its state does not keep .*scan_blocks=False",
+        ),
+        ({"model": SCANNING, "optimizer": optax.novograd}, "optimizer cannot be used: TypeError"),
         ({"augment": lambda images: images}, "augment cannot be used: TypeError"),
         ({"data": DATA[0]}, r"data is \(train, test\), .*, not a Dataset"),
         ({"data": (DATA[0], [1, 2])}, r"not \(a Dataset, a list\)|not \(a Dataset, \(a int"),
@@ -449,6 +461,31 @@ def test_what_cannot_be_used_is_refused(own, message, tmp_path):
         fr.train(CONFIG, tmp_path / "run", **{"model": CNN(), "data": DATA} | own)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_run_that_is_too_long_to_count(tmp_path):
+    with pytest.raises(fr.InputError, match="steps is too long"):
+        fr.train(CONFIG | {"num_epochs": 2**30}, tmp_path / "run", model=CNN(), data=DATA)
+    assert not (tmp_path / "run").exists()
+
+
+class Halves(nn.Module):
+    """Weights of 16 bits, and a counter."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        count = self.variable("batch_stats", "count", lambda: jnp.int32(0))
+        if train:
+            count.value += 1
+        x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)(x).mean((1, 2))
+        return nn.Dense(3, param_dtype=jnp.bfloat16)(x)
+
+
+def test_average_has_the_types_of_the_weights(tmp_path):
+    config = CONFIG | {"num_epochs": 1, "ema_decay": 0.9}
+    state = fr.train(config, tmp_path, model=Halves(), data=DATA)
+    chex.assert_trees_all_equal_dtypes(state.ema, state.variables)
+    assert state.ema["batch_stats"]["count"] == state.step > 1
 
 
 @pytest.mark.parametrize(
