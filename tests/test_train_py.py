@@ -189,9 +189,11 @@ def test_a_run_goes_on_without_standard_error(lost, digits_dir, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_program_starts(number, digits_dir):
-    command = [sys.executable, "-X", "importtime", "train.py", *DIGITS]
-    environment = os.environ | {"GLIBC_TUNABLES": ""}  # it does not start itself again
+def test_a_signal_while_the_program_starts(number, digits_dir, tmp_path):
+    run = ["train.py", *DIGITS, f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-X", "importtime", *run]
+    # With tunables that are set it does not start itself again.
+    environment = os.environ | {"GLIBC_TUNABLES": "", "TFDS_DATA_DIR": str(digits_dir)}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     ) as process:

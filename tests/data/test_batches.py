@@ -86,8 +86,9 @@ def test_evaluation_reads_every_example_once(digits_dir):
 SCRIPT = """
 import contextlib, os, signal, sys
 
-from flax_resnet.data import Source, TrainBatches, stream
+from flax_resnet.data import Source, TrainBatches, batches as module, stream
 
+module._NAME = sys.argv[3]
 if __name__ == "__main__":
     batches = TrainBatches(Source("digits", "train", sys.argv[1]), 0, 32, slice(None), 0, 1000)
     with contextlib.closing(stream(batches, 2)) as read:
@@ -99,10 +100,13 @@ if __name__ == "__main__":
 """
 
 
+NAME = f"test-{os.getpid()}"  # other programs may look for the usual one
+
+
 def run_script(tmp_path, *arguments):
     """(exit code, standard error, what it leaves in /dev/shm) of SCRIPT, in its own group."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, tmp_path / "script.py", *arguments]
+    command = [sys.executable, tmp_path / "script.py", *arguments, NAME]
     root = str(Path(fr.__file__).parents[1])
     path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
@@ -125,11 +129,12 @@ def test_memory_that_a_killed_program_leaves_is_removed_by_the_next(
     code, _, left = run_script(tmp_path, digits_dir, "kill")
     assert code == -signal.SIGKILL
     assert {name.startswith("sem.") for name in left} == {True, False}
-    namespace = re.findall(r"flax_resnet-(\d+)-", min(left))[0]
+    namespace = re.findall(rf"{NAME}-(\d+)-", min(left))[0]
     # Of a program that is alive, and of one in another container.
-    others = [f"flax_resnet-{namespace}-{os.getpid()}-test", "flax_resnet-1-999999999-test"]
+    others = [f"{NAME}-{namespace}-{os.getpid()}-test", f"{NAME}-1-999999999-test"]
     for name in others:
         Path("/dev/shm", name).touch()
+    monkeypatch.setattr(module, "_NAME", NAME)
     monkeypatch.setattr(module, "_read", lambda *arguments: iter(()))
     assert not list(stream(EvalBatches(Source("digits", "test", str(digits_dir)), 8, ALL), 1))
     there = set(os.listdir("/dev/shm"))

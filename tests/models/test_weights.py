@@ -123,6 +123,9 @@ class TestSafetensors:
         assert [p.name for p in path.parent.iterdir()] == [path.name]
         fr.save_weights(MODEL, other, path)
         chex.assert_trees_all_equal(fr.from_torch(MODEL, path), other)
+        usual = path.with_name("usual")
+        usual.touch()
+        assert path.stat().st_mode == usual.stat().st_mode  # for others to read, too
 
     def test_where_it_cannot_be_saved(self, tmp_path, variables):
         with pytest.raises(ValueError, match=r"saved as \.safetensors, not .*net\.pth"):

@@ -109,6 +109,10 @@ def assert_same_losses(together, alone):
         assert correct == pytest.approx(round(correct))
 
 
+def no_host(name, *arguments, **options):
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,7 +127,8 @@ def assert_same_losses(together, alone):
         (("127.0.0.1:1", 0, 0), "process_id must be from 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments, message):
+def test_what_makes_no_sense_is_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", no_host)
     with pytest.raises(fr.InputError, match=message):
         hosts.connect(*arguments)
 

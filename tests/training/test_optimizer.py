@@ -69,7 +69,12 @@ def test_one_cycle_is_one_cycle_lr():
     # that of ours at 0 ... 100.
     assert ours[0] == pytest.approx(theirs[0])
     assert ours[30] == pytest.approx(theirs[29]) == pytest.approx(0.1)
-    np.testing.assert_allclose(ours[31:], theirs[30:-1], atol=0.1 * np.pi / 2 / 70)
+
+    def cosine(first, last, steps):
+        return last + (first - last) / 2 * (1 + np.cos(np.pi * np.arange(steps) / steps))
+
+    expected = np.concatenate([cosine(0.1 / 25, 0.1, 30), cosine(0.1, 0.1 / 25e4, 70)])
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_one_cycle_has_its_peak_after_the_warm_up():
@@ -163,6 +168,19 @@ def test_weight_decay_leaves_out_norms_and_biases_on_request():
             "fc": {"kernel": -0.5, "bias": small},
         }
         jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb", "muon"])
+def test_every_optimizer_leaves_norms_and_biases_undecayed_on_request(name):
+    layer = {"kernel": jnp.ones((3, 3, 2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+    params = {"conv1": layer, "fc": layer | {"kernel": jnp.ones((2, 2))}}
+    config = Config(optimizer=name, weight_decay=0.5, decay_bn_and_bias=False)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    after: Any = updated(config, params, [zeros])
+    for module in ("conv1", "fc"):
+        assert (after[module]["kernel"] < 1).all()
+        assert (after[module]["bias"] == 1).all()
+        assert (after[module]["scale"] == 1).all()
 
 
 def updated(config, initial, gradients):
@@ -290,7 +308,8 @@ def test_every_optimizer_leaves_what_is_frozen(rng, name):
         return {"conv1": leaves, "fc": {"kernel": leaves["kernel"]}}
 
     ours = updated(config, tree(initial), map(tree, gradients))
-    np.testing.assert_array_equal(ours["conv1"]["bias"], np.float32(initial["bias"]))
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(ours["conv1"][leaf], np.float32(initial[leaf]))
     assert not np.array_equal(ours["fc"]["kernel"], np.float32(initial["kernel"]))
     # The length that is clipped is that of what is trained alone.
     alone = updated(

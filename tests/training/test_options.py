@@ -25,9 +25,13 @@ from flax_resnet.training import (
     train_step,
     update_ema,
 )
-from flax_resnet.training.config import Config
+from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.history import History
 from flax_resnet.training.loop import Loop
+from flax_resnet.training.optimizer import learning_rate_schedule
+from flax_resnet.training.own import Own
+from flax_resnet.training.plan import make_plan
+from flax_resnet.training.writers import ending
 from tests.training.plans import MODEL, planned
 from tests.training.test_train import (
     changed,
@@ -136,6 +140,19 @@ def test_checkpoint_of_a_version_without_an_average_is_restored(finished, config
     )
 
 
+# The losses.
+
+
+def test_labels_are_smoothed_in_training_alone(config, tmp_path, rng):
+    plan = make_plan(check_config(changed(config, label_smoothing=0.1)), tmp_path / "run", Own())
+    logits, labels = rng.normal(size=(4, 10)), np.array([0, 3, 9, 3])
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    own = -logs[np.arange(4), labels]
+    arguments = jnp.float32(logits), jnp.int32(labels)
+    np.testing.assert_allclose(plan.test_loss(*arguments), own, rtol=1e-5)
+    np.testing.assert_allclose(plan.loss(*arguments), 0.9 * own - 0.1 * logs.mean(1), rtol=1e-5)
+
+
 # mixup and cutmix.
 
 
@@ -231,9 +248,17 @@ def test_steps_are_logged(undisturbed, options):
         seconds = np.divide(images, speeds)
         assert (np.diff([0, *seconds, record["seconds"]]) >= 0).all()
     # The last epoch has steps 17 to 24, and so the means of steps 17 and 18, 19 to 21, 22 to 24.
-    losses = [line["loss"] for line in lines[-3:]]
-    mean = np.dot([2, 3, 3], losses) / 8
-    assert read_metrics(folder)[-1]["train_loss"] == pytest.approx(mean, rel=1e-6)
+    of_epoch = {
+        "loss": "train_loss",
+        "accuracy": "train_accuracy",
+        "gradient_norm": "gradient_norm",
+    }
+    for name, name_of_epoch in of_epoch.items():
+        mean = np.dot([2, 3, 3], [line[name] for line in lines[-3:]]) / 8
+        assert read_metrics(folder)[-1][name_of_epoch] == pytest.approx(mean, rel=1e-6)
+    rate: Any = learning_rate_schedule(check_config(options), steps_per_epoch=8, total_steps=24)
+    for line in lines:
+        assert line["learning_rate"] == pytest.approx(float(rate(line["step"] - 1)), rel=1e-6)
     shown = [(event.step, event.value) for event in read_events(folder).Scalars("step/loss")]
     np.testing.assert_allclose(shown, [(line["step"], line["loss"]) for line in lines], rtol=1e-6)
 
@@ -246,6 +271,25 @@ def test_speed_is_of_all_steps_that_took_the_seconds():
     loop = Loop(plan, unused, unused, unused, unused, unused, unused, history)
     # One call has done sixteen steps, and the second of them has a line.
     assert loop._record_of_steps(2)["images_per_second"] == 16 * 8 / 2
+    loop.writers = []
+    loop._end_epoch({"test_loss": None, "test_accuracy": None})
+    assert history.records[0]["images_per_second"] == 16 * 8 / 2
+
+
+def test_how_a_run_has_ended():
+    def run(*accuracies):
+        return [
+            {"epoch": epoch, "seconds": 40.0, "test_accuracy": accuracy}
+            for epoch, accuracy in enumerate(accuracies, 1)
+        ]
+
+    assert ending(run(None)) == "done in 40 s"
+    assert (
+        ending(run(0.5, 0.75)) == "done in 1 min 20 s: test accuracy 75.00% after epoch 2, the best"
+    )
+    assert ending(run(0.75, None, 0.5)) == (
+        "done in 2 min 0 s: test accuracy 50.00% after epoch 3, the best 75.00% after epoch 1"
+    )
 
 
 def test_an_epoch_begins_with_nothing_of_the_one_before():

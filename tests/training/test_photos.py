@@ -22,7 +22,7 @@ from flax_resnet import demo, evaluate, predict, progress
 from flax_resnet.data import Sizing, channel_statistics, epoch_order
 from flax_resnet.data.batches import example_random
 from flax_resnet.data.pictures import read_for_evaluation
-from flax_resnet.training import check_config, writers
+from flax_resnet.training import check_config, data, writers
 from flax_resnet.training.data import open_split
 from flax_resnet.training.loop import Loop
 from flax_resnet.training.own import Own
@@ -203,6 +203,35 @@ def test_an_evaluation_has_a_bar(monkeypatch, capsys):
     assert re.search(r"evaluating:  67%.* 2/3 ", capsys.readouterr().err)
 
 
+# What the keys of a config come to.
+
+
+def test_sizing_is_that_of_the_config():
+    config = check_config(
+        {
+            "image_size": 16,
+            "crop": "resized",
+            "eval_resize": 20,
+            "interpolation": "bicubic",
+            "crop_area": (0.2, 0.9),
+            "crop_ratio": (0.5, 2.0),
+            "auto_augment": "randaugment",
+        }
+    )
+    expected = Sizing(16, 20, "bicubic", 1, (0.2, 0.9), (0.5, 2.0), "randaugment")
+    assert data.sizing(config, 1) == expected
+
+
+def test_label_and_channels_are_those_of_the_config(monkeypatch):
+    config = check_config({"dataset": "mnist", "label_key": "parity", "channels": 3})
+    monkeypatch.setattr(data, "Source", lambda *names, **keys: (names, keys))
+    opened, _ = open_split(config, "train[:9]", data_dir="somewhere")
+    assert opened == (
+        ("mnist", "train[:9]", "somewhere"),
+        {"label_key": "parity", "channels": 3},
+    )
+
+
 # Normalisation.
 
 
@@ -232,6 +261,13 @@ def test_normalisation_of_what_a_run_starts_from(photos_run, pictures, tmp_path,
     assert f"mean and standard deviation of the run in {source}" in capsys.readouterr().err
     tuned = json.loads((tmp_path / "tuned" / "dataset.json").read_text())
     assert (tuned["mean"], tuned["std"]) == (begun["mean"], begun["std"])
+    # The whole pictures have other numbers than their middles.
+    fr.train(config | {"normalize": "data"}, tmp_path / "of data")
+    of_data = json.loads((tmp_path / "of data" / "dataset.json").read_text())
+    train, _ = open_split(check_config(config), "train")
+    statistics = channel_statistics([train.load().images])
+    np.testing.assert_allclose([of_data["mean"], of_data["std"]], statistics)
+    assert of_data["mean"] != begun["mean"]
 
     fr.save_weights(
         fr.load_run(source).model, fr.load_run(source).variables, tmp_path / "w.safetensors"

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import flax_resnet as fr
-from flax_resnet.data import Dataset, augment, channel_statistics, epoch_order
+from flax_resnet.data import Dataset, augment, channel_statistics, epoch_order, erase, mix
+from flax_resnet.data.augment import keys_of_each
 from flax_resnet.models import native
 from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.training import (
@@ -203,7 +204,14 @@ def run_steps(config, dataset, devices, steps, bn_splits=1):
     ],
 )
 def test_several_devices_train_like_one(rng, devices, accumulation_steps, bn_splits):
-    config = Config(batch_size=32, learning_rate=0.02, accumulation_steps=accumulation_steps)
+    config = Config(
+        batch_size=32,
+        learning_rate=0.02,
+        random_erasing=0.5,
+        mixup=0.4,
+        cutmix=1.0,
+        accumulation_steps=accumulation_steps,
+    )
     dataset = random_dataset(rng, count=100)
     one, losses = run_steps(config, dataset, 1, 20, bn_splits)
     several, several_losses = run_steps(config, dataset, devices, 20, bn_splits)
@@ -307,13 +315,18 @@ def test_the_step_trains_on_its_batch_of_the_order_augmented(rng, accumulation_s
         crop_padding=2,
         learning_rate=0.05,
         label_smoothing=0.1,
+        random_erasing=0.5,
+        mixup=0.4,
+        cutmix=1.0,
         accumulation_steps=accumulation_steps,
     )
     dataset = random_dataset(rng, count=20)
     _, losses = run_steps(config, dataset, 1, steps=4)
 
     mean, std = channel_statistics([dataset.images])
-    key = programs.random_keys(3).augmentation
+    keys = programs.random_keys(3)
+    erase_some = jax.jit(partial(erase, probability=0.5))
+    mix_all = jax.jit(partial(mix, mixup=0.4, cutmix=1.0))
     crop_and_flip = jax.jit(partial(augment, crop_padding=2, flip=True))
     optimizer = make_optimizer(config, optax.constant_schedule(0.05))
     state = make_state(optimizer)
@@ -325,9 +338,16 @@ def test_the_step_trains_on_its_batch_of_the_order_augmented(rng, accumulation_s
         order = epoch_order(config.seed, epoch, 20)
         for start in (0, 8):
             index = order[start : start + 8]
-            images = crop_and_flip(dataset.images[index], index, jax.random.fold_in(key, epoch))
+            augmentation, erasing, mixing = (
+                jax.random.fold_in(key, epoch)
+                for key in (keys.augmentation, keys.erasing, keys.mixing)
+            )
+            images = crop_and_flip(dataset.images[index], index, augmentation)
             images = ((np.asarray(images) / 255 - mean) / std).astype(np.float32)
-            batch = {"image": images, "label": dataset.labels[index]}
+            images = erase_some(images, keys_of_each(erasing, index))
+            labels = dataset.labels[index]
+            images, other, share = mix_all(images, labels, keys_of_each(mixing, index))
+            batch = {"image": images, "label": labels, "other_label": other, "share": share}
             state, metrics = step(state, batch)
             expected.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, expected, rtol=1e-4)

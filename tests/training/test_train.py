@@ -33,6 +33,7 @@ from flax_resnet.training import (
     plan,
     programs,
     tensorboard,
+    writers,
 )
 from flax_resnet.training.history import History, best_of
 from flax_resnet.training.loop import Loop
@@ -321,13 +322,14 @@ def test_weights_and_batches_are_those_of_the_seed(config, tmp_path):
 
 def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
     seen = []
-    step = Progress.step
+    steps = writers.ProgressBar.steps
 
-    def noted(self, epoch, images, loss, accuracy):
-        seen.append((epoch, loss.item(), accuracy.item()))
-        step(self, epoch, images, loss, accuracy)
+    def noted(self, history, metrics):
+        epoch = len(history.records) + 1
+        seen.append((epoch, metrics["loss"].item(), metrics["accuracy"].item()))
+        steps(self, history, metrics)
 
-    monkeypatch.setattr(Progress, "step", noted)
+    monkeypatch.setattr(writers.ProgressBar, "steps", noted)
     fr.train(config, tmp_path)
     for record in read_metrics(tmp_path):
         epoch = [values for number, *values in seen if number == record["epoch"]]
@@ -336,6 +338,17 @@ def test_records_are_means_of_their_epoch(config, monkeypatch, tmp_path):
         np.testing.assert_allclose([record["train_loss"], record["train_accuracy"]], expected)
         # The seconds are those of the evaluation too.
         assert record["images_per_second"] * record["seconds"] > 256
+
+
+def test_progress_shows_the_means_of_the_epoch_after_a_resume_too(config, monkeypatch, tmp_path):
+    train_until(11, config, tmp_path, monkeypatch)
+    shown = {}
+    monkeypatch.setattr(
+        Progress, "step", lambda self, epoch, images, *means: shown.update({epoch: means})
+    )
+    fr.train(config, tmp_path)
+    _, *records = read_metrics(tmp_path)
+    assert shown == {r["epoch"]: (r["train_loss"], r["train_accuracy"]) for r in records}
 
 
 # Few shapes, each of which is compiled.
