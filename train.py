@@ -3,10 +3,12 @@
     python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
 
 Every key of the config can be set, e.g. --config.batch_size=256, and --config.KEY=None takes back
-one that may be None; --help lists them with their meaning. Of num_epochs and num_steps the last on
-the command line is the length. Ctrl-C stops a run after the step at hand, and the same command
-with its --workdir goes on. Exits with 2 and one line on standard error where the input cannot be
-used.
+one that may be None. A tuple is quoted: --config.decay_at="(0.5, 0.75)". A field of the model is
+--config.model_fields.FIELD=VALUE. --help lists all keys with their meaning. Of num_epochs and
+num_steps the last on the command line is the length. Ctrl-C stops a run after the step at hand, and
+the same command with its --workdir goes on. Exits with 2 and one line on standard error where the
+input cannot be used, with 1 where loss or gradient is not finite, and with 130 or 143 after a
+signal.
 
 On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
 Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
@@ -157,7 +159,7 @@ def check_recipe(arguments: list[str]) -> None:
     path = name.split(":")[0]
     if not os.path.isfile(path):
         known = ", ".join(map(str, recipes()))
-        raise flags.Error(f"there is no recipe {path or repr(path)}; those that there are: {known}")
+        raise flags.Error(f"there is no recipe {path or repr(path)}; the recipes are: {known}")
 
 
 def recipe_in(arguments: list[str]) -> str | None:
@@ -238,14 +240,24 @@ def read_recipe(arguments: list[str]) -> Any:
 
 def check_key(config: Any, key: str) -> None:
     """Raises a flags.Error where a config has no such key, with the one that may be meant."""
-    from flax_resnet.training.config import near_key
+    from flax_resnet.training.config import DECIDED_BY_OTHER_KEYS, near_key
 
     for name in key.split("."):
         if not isinstance(config, ConfigDict):
             raise flags.Error(f"unknown config key {key!r}")
         if name not in config:
-            raise flags.Error(f"unknown config key {name!r}{near_key(name, list(config))}")
+            if key.startswith("model_fields.") and name in DECIDED_BY_OTHER_KEYS:
+                raise flags.Error(f"model_fields cannot set {name}: other keys decide it")
+            raise flags.Error(f"unknown config key {key!r}{near_key(name, list(config))}")
         config = config[name]
+
+
+# How absl begins to say that a value is no such thing.
+_KINDS = {
+    "invalid literal for int": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "True or False",
+}
 
 
 def describe(error: Exception) -> str:
@@ -254,6 +266,15 @@ def describe(error: Exception) -> str:
         names = [repr(name) for name in re.findall(r'(?<=["\'])\w+(?=\W)', str(error))]
         hint = f": did you mean {names[1]}?" if len(names) > 1 else ""
         return f"unknown config key {names[0]}{hint}" if names else f"AttributeError: {error}"
+    if match := re.fullmatch(r"flag --config\.(.+?)=(.*?): (.*)", str(error), re.DOTALL):
+        kind = next((kind for sign, kind in _KINDS.items() if sign in match[3]), None)
+        if kind:
+            return f"{match[1]} must be {kind}, not {match[2]!r}"
+    if isinstance(error, flags.UnrecognizedFlagError):
+        from flax_resnet.training import default_config
+
+        if error.flagname in default_config():
+            return f"unknown option --{error.flagname}: did you mean --config.{error.flagname}?"
     if "Traceback (most recent call last)" in str(error):  # of the recipe, by ml_collections
         return str(error).rstrip().rpartition("\n")[2]
     return str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"

@@ -154,8 +154,10 @@ def make_page(run: Run, examples: list[str]) -> Any:
 def _parser() -> Parser:
     parser = Parser("demo", __doc__ or "")
     parser.add_argument("--workdir", required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine's")
-    parser.add_argument("--port", type=int, default=7860, help="7860 by default")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: 7860)")
     return parser
 
 

@@ -30,7 +30,8 @@ def _shortened(text: str, length: int) -> str:
 
 def short_reason(error: object, length: int = 300) -> str:
     """The beginning of `one_line`, so many characters."""
-    return one_line(error)[:length]
+    line = one_line(error)
+    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def open_test_set(
     elif "data" in run.brought:
         raise InputError(
             f"the run in {run.workdir} has data of its own, {run.brought['data']}: "
-            "in Python its test split can be given"
+            "in Python call flax_resnet.evaluate.evaluate(run, test)"
         )
     else:
         name = config.dataset

@@ -88,7 +88,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--json",
         action="store_true",
-        help='print a JSON object a line and picture: {"image", "predictions": [{"class", '
+        help='print one JSON object per picture, one per line: {"image", "predictions": [{"class", '
         '"probability"}, ...]}, the most probable class first',
     )
     parser.add_argument(

@@ -40,9 +40,9 @@ def run_train(*arguments, data_dir, **environment):
         (("configs/digits_resnet8.py",), "did you mean --config configs/digits_resnet8.py?"),
         (
             ("--config", "configs/nope.py"),
-            "there is no recipe configs/nope.py; those that there are: configs/cifar_resnet18.py, ",
+            "there is no recipe configs/nope.py; the recipes are: configs/cifar_resnet18.py, ",
         ),
-        (("--config", "configs"), "there is no recipe configs; those that there are: "),
+        (("--config", "configs"), "there is no recipe configs; the recipes are: "),
         (("--flagfile=/nope",), "No such file or directory: '/nope'"),
         (("--flagfile", "/dev/zero"), "--flagfile=/dev/zero is not a file"),
         ((f"{DIGITS[0]}={DIGITS[1]}:x",), "TypeError: get_config() takes 0 positional arguments"),
@@ -51,6 +51,18 @@ def run_train(*arguments, data_dir, **environment):
         (
             (*DIGITS, "--config.learnng_rate=1"),
             "unknown config key 'learnng_rate': did you mean 'learning_rate'?",
+        ),
+        ((*DIGITS, "--config.seed=abc"), "train.py: seed must be a whole number, not 'abc'\n"),
+        ((*DIGITS, "--config.learning_rate=x"), "learning_rate must be a number, not 'x'\n"),
+        ((*DIGITS, "--config.nesterov=x"), "nesterov must be True or False, not 'x'\n"),
+        ((*DIGITS, "--learning_rate=1"), "--learning_rate: did you mean --config.learning_rate?"),
+        (
+            (*DIGITS, "--config.model_fields.dtype=bfloat16"),
+            "model_fields cannot set dtype: other keys decide it",
+        ),
+        (
+            (*DIGITS, "--config.model_fields.width=3"),
+            "unknown config key 'model_fields.width': did you mean 'widths'?",
         ),
         ((*DIGITS, "--config.batch-size=3"), "key 'batch-size': did you mean 'batch_size'?"),
         ((*DIGITS, "--config.lr=1"), "unknown config key 'lr': did you mean 'learning_rate'?"),
@@ -102,7 +114,7 @@ def test_the_length_that_the_command_line_gives_last_counts(command_line, tmp_pa
         overrides = (f"--config.{length}" for length in lengths)
         code, _, said = command_line(*recipe, *overrides, f"--workdir={tmp_path}/run")
         assert code == 2
-        assert said.endswith(f"is 99 steps of a run of {steps}\n")
+        assert said.endswith(f"is 99 steps, but the run has only {steps}: set a smaller one\n")
         assert said.startswith(f"{told}train.py: ")
 
 

@@ -177,7 +177,10 @@ class Source:
         self.class_names = tuple(self._builder.info.features[label_key].names)
         *size, depth = self._builder.info.features["image"].shape
         if channels not in (None, depth) and (depth, channels) != (1, 3):
-            raise InputError(f"the images of {name} have {depth} channels: not {channels}")
+            raise InputError(
+                f"channels={channels} does not fit {name}, whose images have {depth}: only 1 can "
+                "become 3"
+            )
         self._repeats = (channels or depth) // depth
         if None in size and self.can_be_streamed:
             size = self._examples(np.array([0]), self._decoder)[0][0].shape[:2]
@@ -370,7 +373,8 @@ def _open(name: str, data_dir: str) -> _Builder:
         builder: _Builder = open_builder(data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise InputError(
-            f"unknown data set {shown}: use cifar10, digits, or another name of TFDS"
+            f"unknown data set {shown}: use cifar10, digits, another name of TFDS, or folder:PATH "
+            "for a folder of pictures"
         ) from error
     except Exception as error:  # TFDS lets through whatever its parsers raise
         if name.isidentifier() and os.path.isdir(folder):
@@ -448,7 +452,7 @@ def _check_features(builder: _Builder, label_key: str) -> None:
     classes = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     if label_key not in classes:
         raise InputError(
-            f"data set {builder.name!r} has no class as its `{label_key}`; those that it has: "
+            f"data set {builder.name!r} has no class label {label_key!r}; it has: "
             f"{', '.join(classes) or 'none'}"
         )
     count = features[label_key].num_classes or 0

@@ -41,7 +41,7 @@ class Folder:
 
     def __init__(self, path: str, split: str):
         if not path:
-            raise InputError("no folder is named: it is dataset=folder:PATH")
+            raise InputError("name the folder of pictures: dataset=folder:PATH")
         root = Path(os.path.expanduser(path))
         self.name = printable(os.path.basename(os.path.realpath(root)))
         try:

@@ -135,7 +135,7 @@ def load_images(options: argparse.Namespace) -> Images:
         there = os.path.exists(os.path.join(os.path.expanduser(folder), "cifar10"))
         dataset = "cifar10" if there else "digits"
         if dataset == "digits":
-            say(f"there is no cifar10 in {folder}: this is with digits")
+            say(f"there is no cifar10 in {folder}: using digits")
     data = load_dataset(dataset, "train", options.data_dir)
     if options.batch_size > len(data):
         raise InputError(f"--batch_size {options.batch_size}: {dataset} has {len(data)} images")

@@ -33,8 +33,8 @@ def download(repository: str) -> Path:
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise ImportError(
-            f"there is no file {repository}, and to fetch it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install huggingface_hub"
+            f"there is no file or folder {repository}, and fetching it from the Hugging Face Hub "
+            "needs huggingface_hub: pip install huggingface_hub"
         ) from error
     where: dict[str, Any] = {"revision": revision} if revision else {}
 
@@ -64,8 +64,8 @@ def download(repository: str) -> Path:
     except Exception as error:  # its own, and those of its HTTP library, which it has changed
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"there is no file {repository}, and it cannot be fetched from the Hugging Face Hub: "
-            f"{reason}"
+            f"there is no file or folder {repository}, and it cannot be fetched from the Hugging "
+            f"Face Hub: {reason}"
         ) from error
     if path is None:
         raise ValueError(

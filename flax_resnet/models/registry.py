@@ -51,7 +51,8 @@ def create_model(
     if not isinstance(name, str):
         raise TypeError(f"name is one of fr.list_models(), not {_short(name)}")
     if name not in VARIANTS:
-        near = difflib.get_close_matches(name, VARIANTS, n=3)
+        near = [known for known in VARIANTS if known.endswith(f"_{name}")]
+        near = near or difflib.get_close_matches(name, VARIANTS, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "fr.list_models() names all"
         raise ValueError(f"unknown model {name!r}: {hint}")
     variant = VARIANTS[name]

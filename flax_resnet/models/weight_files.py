@@ -59,7 +59,7 @@ def read_as_written(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not os.path.exists(path) and path.suffix.lower() not in _SUFFIXES:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", os.fspath(source)):
             raise ValueError(
-                f"{source} is neither a file nor the id of a Hub repository, which are such as "
+                f"{source} is neither a file nor the id of a Hub repository, which looks like "
                 "timm/resnet18.a1_in1k"
             )
         path = download(os.fspath(source))

@@ -8,7 +8,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from flax_resnet.models import VGG, ResNet, ResNet9, create_model
 from flax_resnet.models.freezing import is_frozen, names_of
 from flax_resnet.models.shapes import variable_shapes
 
+_LARGEST_INT = 2**32
 FOLDER = "folder:"  # before the path of a folder of pictures, as a data set
 
 
@@ -57,8 +58,8 @@ class Config:
     # "resident" keeps the decoded data set in the memory of every device. "stream" reads it from
     # disk all the time, with `stream_workers` processes on each host for each of the two splits
     # (0: in the run's own process). "auto" streams a data set that would take over a quarter of
-    # the device's memory or the host's; of the host's each process of the run on it has its
-    # part. The batches are the same. Pictures with crop "resized" are always streamed. Unless
+    # the device's memory or the host's. Processes of a run that share a host divide its memory.
+    # The batches are the same. Pictures with crop "resized" are always streamed. Unless
     # "stream" is set, those that fit in a quarter of the host's memory stay decoded there, and
     # `stream_workers` threads read them.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
@@ -110,7 +111,7 @@ class Config:
     freeze: tuple[str, ...] = ()
 
     # Examples per step, on all devices together. The examples that do not fill a last batch are
-    # left out. They are others in every epoch.
+    # left out: different ones in every epoch.
     batch_size: int = 128
     # A batch goes through the model in so many parts, one after the other, to save memory.
     accumulation_steps: int = 1
@@ -170,7 +171,7 @@ class Config:
     on_nan: Literal["stop", "rollback"] = "stop"
 
 
-_DECIDED_BY_OTHER_KEYS = {
+DECIDED_BY_OTHER_KEYS = {
     "block",
     "num_classes",
     "dtype",
@@ -253,7 +254,7 @@ def default_config() -> ConfigDict:
     }
     model_fields = ConfigDict()
     _add_placeholders(
-        model_fields, {name: fields[name] for name in set(fields) - _DECIDED_BY_OTHER_KEYS}
+        model_fields, {name: fields[name] for name in set(fields) - DECIDED_BY_OTHER_KEYS}
     )
     config.model_fields = model_fields
     return config
@@ -291,30 +292,46 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
                 f"unknown config key {reprlib.repr(key)}{near_key(str(key), list(hints))}"
             )
         elif not _has_type(value, hints[key]):
-            problems.append(f"{key} must be {_expected(hints[key])}, not {reprlib.repr(value)}")
+            expected = _expected(hints[key], value)
+            problems.append(f"{key} must be {expected}, not {reprlib.repr(value)}")
         elif key in _RANGES and not _RANGES[key][0](value):
             problems.append(f"{key} must be {_RANGES[key][1]}, not {reprlib.repr(value)}")
         else:
             checked[key] = _plain(value)
     run = Config(**checked)
-    if run.schedule == "onecycle" and not run.warmup_epochs:
-        problems.append("schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle")
-    if run.dataset.startswith(FOLDER) and run.image_size is None:
-        problems.append("a folder of pictures needs image_size, such as 224")
-    if run.crop == "resized" and run.image_size is None:
-        problems.append("crop 'resized' needs image_size, such as 224")
-    if run.auto_augment != "none" and run.crop != "resized":
-        problems.append(f"auto_augment {run.auto_augment!r} needs crop 'resized' and image_size")
-    if run.eval_resize is not None and run.eval_resize < (run.image_size or math.inf):
-        problems.append(f"eval_resize must be at least image_size, {run.image_size}")
-    if run.alternating_flip and not run.horizontal_flip:
-        problems.append("alternating_flip needs horizontal_flip")
-    if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
-        problems.append("nesterov needs momentum above 0")
+    # With a value that is refused already the default stands here.
+    refused = set(config) - set(checked)
+    problems += [text for keys, text in _contradictions(run) if refused.isdisjoint(keys)]
     problems += _model_problems(run)
     if problems:
         raise InputError("; ".join(problems))
     return run
+
+
+def _contradictions(run: Config) -> Iterator[tuple[Sequence[str], str]]:
+    """Keys that do not go together, and what is to be said of them."""
+    if run.schedule == "onecycle" and not run.warmup_epochs:
+        text = "schedule 'onecycle' needs warmup_epochs above 0: the rise of the cycle"
+        yield ("schedule", "warmup_epochs"), text
+    if run.image_size is None:
+        for key, needs_it, what in (
+            ("dataset", run.dataset.startswith(FOLDER), "a folder of pictures"),
+            ("crop", run.crop == "resized", "crop 'resized'"),
+            ("eval_resize", run.eval_resize is not None, "eval_resize"),
+        ):
+            if needs_it:
+                yield (key, "image_size"), f"{what} needs image_size, such as 224"
+    elif run.eval_resize is not None and run.eval_resize < run.image_size:
+        text = f"eval_resize must be at least image_size, {run.image_size}, not {run.eval_resize}"
+        yield ("eval_resize", "image_size"), text
+    if run.auto_augment != "none" and run.crop != "resized":
+        text = f"auto_augment {run.auto_augment!r} needs crop 'resized' and image_size"
+        yield ("auto_augment", "crop"), text
+    if run.alternating_flip and not run.horizontal_flip:
+        yield ("alternating_flip", "horizontal_flip"), "alternating_flip needs horizontal_flip"
+    if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
+        text = "nesterov needs momentum above 0: set momentum, or nesterov=False"
+        yield ("optimizer", "nesterov", "momentum"), text
 
 
 def near_key(key: str, keys: Sequence[str]) -> str:
@@ -348,14 +365,22 @@ def _has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     if isinstance(value, int) and hint in (int, float):  # not all of Python's suit JAX
-        return abs(value) <= 2**32
+        return abs(value) <= _LARGEST_INT
     return isinstance(value, hint)
 
 
-def _expected(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(typing.get_args(hint))}"
-    return f"of type {getattr(hint, '__name__', hint)}"
+def _expected(hint: Any, value: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, int) and abs(value) > _LARGEST_INT:
+        return "from -2**32 to 2**32"
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is types.UnionType:
+        return " or ".join("None" if a is type(None) else _expected(a, value) for a in arguments)
+    if origin is tuple:
+        kinds = {int: "whole numbers", float: "numbers", str: "strings"}
+        return f"a tuple of {kinds[arguments[0]]}"
+    return "a dict" if origin is Mapping else f"of type {hint.__name__}"
 
 
 def _plain(value: Any) -> Any:
@@ -366,7 +391,7 @@ def _plain(value: Any) -> Any:
 
 
 def _model_problems(run: Config) -> list[str]:
-    taken = _DECIDED_BY_OTHER_KEYS & set(run.model_fields)
+    taken = DECIDED_BY_OTHER_KEYS & set(run.model_fields)
     if taken:
         return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
     for name, value in run.model_fields.items():

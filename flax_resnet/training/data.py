@@ -272,8 +272,8 @@ def _normalization(
         chosen = _stored(stored, begun)  # the same pictures, which need not be read for it
     if len(chosen[0]) != channels:
         raise InputError(
-            f"normalize={config.normalize} is of {len(chosen[0])} channels, and the images have "
-            f"{channels}: --config.normalize=data is of as many"
+            f"normalize={config.normalize} has numbers for {len(chosen[0])} channels, but the "
+            f"images have {channels}: --config.normalize=data has as many"
         )
     return chosen
 

@@ -102,7 +102,7 @@ def check_workdir(workdir: Path, config: Config, brought: Mapping[str, str]) -> 
     if other:
         raise InputError(
             f"workdir {workdir} holds a run of another config: {', '.join(other)}; "
-            "name another --workdir"
+            "name another --workdir, or set these as they are there"
         )
 
 
@@ -126,9 +126,14 @@ def _check_brought(workdir: Path, theirs: Any, ours: Mapping[str, str]) -> None:
                 f"workdir {workdir} holds a run with a {name} of its own, {theirs[name]}: "
                 f"give it to fr.train as {name}="
             )
-        if theirs.get(name) != ours[name]:
+        if name not in theirs:
             raise InputError(
-                f"workdir {workdir} holds a run with {theirs.get(name, 'the config')} for its "
+                f"workdir {workdir} holds a run whose {name} is that of its config, not "
+                f"{ours[name]}: name another workdir"
+            )
+        if theirs[name] != ours[name]:
+            raise InputError(
+                f"workdir {workdir} holds a run with {theirs[name]} for its "
                 f"{name}, not {ours[name]}: name another workdir"
             )
 

@@ -73,7 +73,9 @@ def connect(
                     "--process_id=$OMPI_COMM_WORLD_RANK"
                 ) from error
             return 1
-        alone = "--coordinator=127.0.0.1:1234 --num_processes=1 --process_id=0 is one by itself"
+        alone = (
+            "--coordinator=127.0.0.1:1234 --num_processes=1 --process_id=0 starts one process alone"
+        )
         raise InputError(
             f"the processes of this run did not meet: {short_reason(error)}; {alone}"
         ) from error

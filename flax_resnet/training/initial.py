@@ -69,7 +69,8 @@ def fit_initial(
         weights, classes = fit_weights(model, state_dict, image_shape[-1])
     except ValueError as error:
         raise InputError(
-            f"init_from={config.init_from} for {config.model}: {short_reason(error)}"
+            f"init_from={config.init_from} for {config.model}: {short_reason(error)}; model and "
+            "model_fields are to be those of the weights"
         ) from error
     wanted = model.num_classes
     anew = f", but its {classes} classes are not our {wanted}: the classifier starts anew"

@@ -34,8 +34,7 @@ from flax_resnet.training.steps import Loss, TrainState, create_state
 # A run that diverges again after so many returns needs another config.
 _MAX_ROLLBACKS = 10
 _LESS_MEMORY = (
-    "less is taken with data_feed=stream, and in another workdir with a smaller batch_size or "
-    "accumulation_steps=2"
+    "set data_feed=stream or, in another workdir, a smaller batch_size or accumulation_steps=2"
 )
 
 
@@ -137,11 +136,14 @@ def _train(plan: Plan, checkpoints: Checkpoints) -> TrainState:
             if checkpoints.newest is None:
                 good = "there is no checkpoint before it"
             if plan.config.on_nan == "stop" or history.rollbacks == _MAX_ROLLBACKS:
-                raise FloatingPointError(f"{error}; {good}") from error
+                advice = "a smaller learning_rate in another workdir"
+                if plan.config.on_nan == "stop":
+                    advice += ", or on_nan=rollback in this one"
+                raise FloatingPointError(f"{error}; {good}; try {advice}") from error
             if signals.ask():
                 warn(f"{error}; {good}; {signals.name}: stopped")
                 signals.stop()
-            warn(f"{error}; {good}: going back, and on with other batches")
+            warn(f"{error}; {good}: going back to it, and continuing with other batches")
             rollbacks = history.rollbacks + 1
 
 

@@ -44,9 +44,9 @@ def make_mesh(
     mesh = Mesh(np.array(devices), ("data",))
     multiple = mesh.size * accumulation_steps
     if batch_size % multiple:
-        among = f"{mesh.size} devices"
+        among = f"{mesh.size} device{'s' * (mesh.size > 1)}"
         if accumulation_steps > 1:
-            among += f" in {accumulation_steps} accumulation_steps"
+            among += f" with accumulation_steps={accumulation_steps}"
         raise InputError(
             f"batch_size={batch_size} cannot be divided among {among}: "
             f"take a multiple of {multiple}"

@@ -36,7 +36,8 @@ def learning_rate_schedule(
     rest = total_steps - warmup
     if rest <= 0:
         raise InputError(
-            f"warmup_epochs={config.warmup_epochs} is {warmup} steps of a run of {total_steps}"
+            f"warmup_epochs={config.warmup_epochs} is {warmup} steps, but the run has only "
+            f"{total_steps}: set a smaller one"
         )
     match config.schedule:
         # Smith and Topin, arXiv:1708.07120; the rates of PyTorch's OneCycleLR, which come a step

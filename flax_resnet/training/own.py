@@ -99,7 +99,7 @@ def check_keys(config: Config, brought: Mapping[str, str]) -> None:
     for name in brought:
         for key in _REFUSED.get(name, ()):
             if getattr(config, key) != getattr(Config(), key):
-                raise InputError(f"{key} is for the {name} that a config names, not for one's own")
+                raise InputError(f"{key} has no effect with {name}=: leave it out of the config")
 
 
 def _name(value: Any) -> str:

@@ -125,7 +125,8 @@ def make_plan(config: Config, workdir: Path, own: Own) -> Plan:
         raise InputError(f"a run of {total_steps:,} steps is too long: of 2**31 - 1 at most")
     if config.profile_steps and config.profile_steps[0] >= total_steps:
         raise InputError(
-            f"profile_steps={config.profile_steps} of a run of only {total_steps} steps"
+            f"profile_steps={config.profile_steps} begin after the run, which has {total_steps} "
+            "steps"
         )
     model = _choose_model(config, data, mesh, own)
     initial: Weights = {}
@@ -185,6 +186,10 @@ def _choose_model(config: Config, data: Data, mesh: Mesh, own: Own) -> nn.Module
     try:
         variable_shapes(model, data.train.image_shape)
     except ValueError as error:
+        if config.batch_norm == "per_replica" and "bn_splits" in str(error):
+            raise InputError(
+                f"batch_norm='per_replica' is for a net with BatchNorm, which {config.model} is not"
+            ) from error
         raise InputError(f"{config.model} cannot be trained so: {short_reason(error)}") from error
     return model
 
@@ -207,13 +212,16 @@ def _choose_optimizer(
 
 def _check_sizes(config: Config, data: Data, own: Own) -> None:
     if len(data.train) < config.batch_size:
-        raise InputError(f"batch_size={config.batch_size} of only {len(data.train)} examples")
+        raise InputError(
+            f"batch_size={config.batch_size} is more than the {len(data.train)} training examples"
+        )
     pixels = max(data.train.image_shape[:2])
     used = ("cutout",) if config.crop == "resized" else ("crop_padding", "cutout")
     for key in () if own.augment else used:
         if getattr(config, key) > pixels:
             raise InputError(
-                f"{key}={getattr(config, key)} of images with only {pixels} pixels a side"
+                f"{key}={getattr(config, key)} is more than the {pixels} pixels that the images "
+                "have a side"
             )
     if not any(data.std):
         raise InputError(f"all training images of {data.name} are of one colour")

@@ -74,7 +74,7 @@ def take_up_files(plan: Plan, history: History, step: int, *, has_checkpoint: bo
     if epochs > 2 and not has_checkpoint:
         raise InputError(
             f"{path} has lines of {epochs} epochs, but there is no checkpoint to go on from: "
-            "name another --workdir, or take it away to begin anew"
+            "name another --workdir, or delete that file to begin anew"
         )
     _leave(path, map(_line, history.records))
     path = plan.workdir / "steps.jsonl"
@@ -97,7 +97,7 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except ValueError as error:
-        raise InputError(f"{path} cannot be read: {error}; take it away to go on") from error
+        raise InputError(f"{path} cannot be read: {error}; delete it to go on") from error
 
 
 def _step_of(line: str) -> float:

@@ -520,7 +520,7 @@ def test_data_that_has_no_classes(own_digits, label):
     (folder / "dataset_info.json").write_text(info.replace("digits", "others"))
     assert len(load_dataset("others", "test", str(own_digits))) == 360
     tfds.features.FeaturesDict({"image": tfds.features.Image(), "label": label}).save_config(folder)
-    with pytest.raises(InputError, match="'others' has no class as its `label`; those"):
+    with pytest.raises(InputError, match="'others' has no class label 'label'; it has:"):
         load_dataset("others", "test", str(own_digits))
 
 

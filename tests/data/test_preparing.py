@@ -141,7 +141,7 @@ def test_cifar100_has_two_labels(tmp_path, manual, rng, offline):
             assert_holds(dataset, images, labels[i])
             source = Source("cifar100", split, str(tmp_path), label_key=key)
             np.testing.assert_array_equal(source.read(np.arange(4))[1], dataset.labels[:4])
-    message = "has no class as its `id`; those that it has: label, coarse_label"
+    message = "has no class label 'id'; it has: label, coarse_label"
     with pytest.raises(InputError, match=message):
         load_dataset("cifar100", "test", str(tmp_path), label_key="id")
 
@@ -163,7 +163,9 @@ def test_idx_files(name, tmp_path, manual, rng, offline, monkeypatch):
 
 
 def test_colours_do_not_become_gray(digits_dir):
-    with pytest.raises(InputError, match="the images of digits have 3 channels: not 1"):
+    with pytest.raises(
+        InputError, match="channels=1 does not fit digits, whose images have 3: only 1 can"
+    ):
         load_dataset("digits", "train", str(digits_dir), channels=1)
 
 

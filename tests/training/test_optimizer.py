@@ -101,7 +101,9 @@ def test_warm_up_rises_evenly_to_the_peak(schedule):
 
 
 def test_warm_up_is_shorter_than_the_run():
-    with pytest.raises(InputError, match=r"warmup_epochs=10.0 is 100 steps of a run of 100"):
+    with pytest.raises(
+        InputError, match=r"warmup_epochs=10.0 is 100 steps, but the run has only 100"
+    ):
         rates(warmup_epochs=10.0)
 
 

@@ -338,7 +338,9 @@ def test_profile_steps_are_two(config, tmp_path, steps):
 
 
 def test_profile_steps_are_of_the_run(config, tmp_path):
-    with pytest.raises(fr.InputError, match=r"profile_steps=\(4, 6\) of a run of only 4 steps"):
+    with pytest.raises(
+        fr.InputError, match=r"profile_steps=\(4, 6\) begin after the run, which has 4 steps"
+    ):
         fr.train(changed(config, num_steps=4, profile_steps=(4, 6)), tmp_path / "run")
 
 

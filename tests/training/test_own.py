@@ -491,10 +491,10 @@ def test_average_has_the_types_of_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ({"batch_norm": "per_replica"}, "batch_norm is for the model that a config names"),
-        ({"freeze": ("conv1",)}, "freeze is for the model that a config names"),
-        ({"image_size": 8, "crop": "resized"}, "image_size is for the data that a config names"),
-        ({"channels": 1}, "channels is for the data that a config names"),
+        ({"batch_norm": "per_replica"}, "batch_norm has no effect with model="),
+        ({"freeze": ("conv1",)}, "freeze has no effect with model="),
+        ({"image_size": 8, "crop": "resized"}, "image_size has no effect with data="),
+        ({"channels": 1}, "channels has no effect with data="),
     ],
 )
 def test_keys_without_effect_on_ones_own_are_refused(key, message, tmp_path):
@@ -599,7 +599,9 @@ def test_resume_with_another_is_refused(own_run, tmp_path):
 
 
 def test_what_was_brought_to_a_run_without_is_refused(finished, config):
-    with pytest.raises(fr.InputError, match="run with the config for its loss, not focal_loss"):
+    with pytest.raises(
+        fr.InputError, match="a run whose loss is that of its config, not focal_loss"
+    ):
         fr.train(config, finished[0], loss=focal_loss)
 
 

@@ -598,7 +598,7 @@ def test_rollback_goes_on_with_other_batches(finished, config, tmp_path, monkeyp
     assert [record["epoch"] for record in records] == [1, 2, 3, 4]
     assert records[:2] == undisturbed[:2]
     assert records[2]["train_loss"] != undisturbed[2]["train_loss"]
-    assert capsys.readouterr().err.count("going back, and on with other batches") == 2
+    assert capsys.readouterr().err.count("going back to it, and continuing with other batches") == 2
     run = json.loads((tmp_path / "checkpoints" / "32" / "run" / "metadata").read_text())
     assert run["rollbacks"] == 2
 

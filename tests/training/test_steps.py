@@ -411,7 +411,9 @@ def test_devices_must_divide_the_batch(eight_devices):
 
 
 def test_parts_must_divide_the_batch(eight_devices):
-    with pytest.raises(fr.InputError, match=r"8 devices in 3 accumulation_steps: take a multiple"):
+    with pytest.raises(
+        fr.InputError, match=r"8 devices with accumulation_steps=3: take a multiple"
+    ):
         make_mesh(32, 3)
 
 

@@ -437,7 +437,10 @@ def test_memory_that_is_not_enough_is_one_line(config, tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(Loop, "run", fail)
-    with pytest.raises(fr.InputError, match=r"the memory is not enough: .*accumulation_steps=2"):
+    with pytest.raises(
+        fr.InputError,
+        match=r"the memory is not enough: set data_feed=stream .*accumulation_steps=2",
+    ):
         fr.train(config, tmp_path)
 
 
@@ -572,10 +575,10 @@ def test_workdir_that_cannot_be_written(config, tmp_path, monkeypatch, denied):
 def test_sizes_that_do_not_fit(config, tmp_path, eight_devices):
     with pytest.raises(fr.InputError, match="batch_size=36 cannot be divided among 8 devices"):
         fr.train(changed(config, batch_size=36), tmp_path)
-    with pytest.raises(fr.InputError, match="batch_size=512 of only 264 examples"):
+    with pytest.raises(fr.InputError, match="batch_size=512 is more than the 264 training"):
         fr.train(changed(config, batch_size=512), tmp_path)
     for key in ("crop_padding", "cutout"):
-        with pytest.raises(fr.InputError, match=f"{key}=33 of images with only 32 pixels a side"):
+        with pytest.raises(fr.InputError, match=f"{key}=33 is more than the 32 pixels"):
             fr.train(changed(config, **{key: 33}), tmp_path)
     per_replica = changed(config, batch_norm="per_replica", model_fields={"norm": "group"})
     with pytest.raises(fr.InputError, match="cannot be trained so: bn_splits=8 is for norm='batch"):
