@@ -84,7 +84,8 @@ MISTAKES = {
     "a call as in PyTorch": (
         lambda: MODEL(X, train=False),
         "a model holds no variables: write variables = model.init(key, x, train=False), then "
-        "model.apply(variables, x, train=False)",
+        "model.apply(variables, x, train=False). Inside a module make it one of its fields, or "
+        'call model.clone(parent=self, name="backbone")(x, train)',
     ),
     "no train": (
         lambda: MODEL.apply(VARIABLES, X),
@@ -147,7 +148,7 @@ MISTAKES = {
     ),
     "torchvision's weights": (
         lambda: fr.create_model("resnet18", weights="DEFAULT"),
-        "DEFAULT is neither a file nor the id of a Hub repository, which are such as "
+        "DEFAULT is neither a file nor the id of a Hub repository, which looks like "
         "timm/resnet18.a1_in1k",
     ),
     "a function for a name": (
@@ -183,7 +184,16 @@ MISTAKES = {
         lambda: fr.cifar_resnet8(dtype=None).init(KEY, X, train=False),  # pyright: ignore[reportArgumentType]
         "dtype is a float type such as jnp.bfloat16, not None",
     ),
+    "a frozen name of Flax": (
+        lambda: MODEL.clone(frozen=("layer1_0",)).apply(VARIABLES, X, train=False),
+        "frozen: nothing in the model is called 'layer1_0': did you mean layer1.0, layer1?",
+    ),
     # Weights.
+    "several models": (
+        lambda: fr.to_torch(MODEL, jax.tree.map(lambda a: jnp.stack([a] * 5), VARIABLES)),
+        "these are the variables of 5 models: write jax.tree.map(lambda array: array[0], "
+        "variables)",
+    ),
     "a torch module": (
         lambda: fr.from_torch(MODEL, Module()),  # pyright: ignore[reportArgumentType]
         "from_torch takes a state_dict, which is a dict of tensors, or the path of one, not a "

@@ -224,10 +224,12 @@ def _reason_of_grain(error: Exception) -> str | None:
             "files when an example is first asked for, or set stream_workers=0"
         )
     if match := re.search("Worker process was terminated .* exit code (-?[0-9]+)", str(error)):
+        died = f"a process that reads the data has died (exit code {match[1]})"
+        if int(match[1]) > 0:  # by itself, in code of the data's
+            return f"{died}; with stream_workers=0 the run reads by itself"
         return (
-            f"a process that reads the data has died (exit code {match[1]}), mostly of too little "
-            "memory, or of too little in /dev/shm (Docker: --shm-size): fewer stream_workers take "
-            "less, and stream_workers=0 none"
+            f"{died}, mostly of too little memory, or of too little in /dev/shm (Docker: "
+            "--shm-size): fewer stream_workers take less, and stream_workers=0 none"
         )
     return None
 

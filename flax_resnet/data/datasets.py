@@ -9,7 +9,7 @@ import os
 import struct
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,7 @@ class Dataset:
                 f"labels must be {shape[0]} integers, one an image, not "
                 f"{np.asarray(labels).dtype} of shape {list(np.shape(labels))}"
             )
-        if not len(names) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
+        check_class_names(names)
         if len(labels) and not (np.min(labels) >= 0 and np.max(labels) < len(names)):
             raise InputError(
                 f"labels must be from 0 to {len(names) - 1}, for {len(names)} class_names, not "
@@ -112,6 +111,12 @@ class Dataset:
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels of some examples, as `Source.read`."""
         return self.images[index], self.labels[index]
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Raises InputError unless they are strings, one at least."""
+    if not len(names) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"class_names must be strings, one a class, not {short_reason(names)}")
 
 
 def load_dataset(
@@ -207,7 +212,7 @@ class Source:
         if self.can_be_streamed and 2 * len(self) < examples and all_bytes > _LARGE:
             return self._load_alone()
         whole = {name: _load_whole(self._builder, name, self._label_key) for name in names}
-        images = [whole[name][0][start:stop] for name, start, stop in self._ranges]
+        images = [_part(whole[name][0], start, stop) for name, start, stop in self._ranges]
         labels = np.concatenate([whole[name][1][start:stop] for name, start, stop in self._ranges])
         _check_labels(self._builder, labels, len(self.class_names))
         return Dataset(
@@ -341,7 +346,8 @@ def _open_split(
         parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
     except (ValueError, KeyError, NotImplementedError) as error:
         known = ", ".join(builder.info.splits)
-        raise InputError(f"{name} has no split {split!r}; it has: {known}") from error
+        reason = "" if "Unknown split" in str(error) else f" ({short_reason(error, 100)})"
+        raise InputError(f"{name} has no split {split!r}; it has: {known}{reason}") from error
     for part in parts:
         _check_files(builder, part.splitname)
     ranges = []
@@ -360,8 +366,10 @@ def _open(name: str, data_dir: str) -> _Builder:
     try:
         parsed, _ = naming.parse_builder_name_kwargs(name)
     except Exception as error:  # TFDS lets through whatever its parsers raise
+        _refuse_folder(name)
         raise InputError(f"cannot open data set {shown}: {short_reason(error)}") from error
     if parsed.namespace:  # others' data sets, for which TFDS asks their servers
+        _refuse_folder(name)
         raise InputError(
             f"data set {shown} is not one of TFDS's own: prepare it with TFDS, and give its name "
             f"there, {parsed.name}"
@@ -398,6 +406,12 @@ def _open(name: str, data_dir: str) -> _Builder:
             "file_format='array_record'"
         )
     return builder
+
+
+def _refuse_folder(name: str) -> None:
+    """Raises InputError for what is no name of TFDS, but a folder's."""
+    if os.path.isdir(name) or name.lower().startswith("folder:"):
+        raise InputError(f"a folder of pictures is dataset=folder:PATH, not {short_reason(name)}")
 
 
 def _check_folder(name: str, folder: str) -> None:
@@ -500,6 +514,12 @@ def _load_whole(builder: _Builder, split: str, label_key: str) -> tuple[np.ndarr
         except OSError as error:
             logger.info("no cache at %s: %s", path, error)
     return images, labels
+
+
+def _part(images: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Some of the images, which do not keep many others in memory."""
+    part = images[start:stop]
+    return part.copy() if 2 * len(part) < len(images) else part
 
 
 def _fingerprint(builder: _Builder, split: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from flax_resnet.data.datasets import Dataset
+from flax_resnet.data.datasets import Dataset, check_class_names
 from flax_resnet.data.pictures import upright
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.progress import bar
@@ -40,15 +40,17 @@ class ExampleSource:
       class_names: one name a class.
 
     Raises (when made):
-      InputError: if there is no example, or the first one is not an example.
+      InputError: if there is no example, if the first one is not an example, or if class_names are
+        not strings.
     """
 
     can_be_streamed = True
 
     def __init__(self, examples: Examples):
-        self._examples = examples
+        self._examples, self._length = examples, len(examples)
         self.class_names = tuple(examples.class_names)
-        if not len(examples):
+        check_class_names(self.class_names)
+        if not self._length:
             raise InputError(f"{self.name} has no examples")
         self.image_shape = self._example(0)[0].shape
 
@@ -58,7 +60,7 @@ class ExampleSource:
         return type(self._examples).__name__
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return self._length
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flax_resnet.data.pictures import find_pictures
-from flax_resnet.errors import InputError, printable
+from flax_resnet.errors import InputError, printable, short_reason
 
 # Names that people give to the pictures for evaluation: of those that are there the first will do.
 _EVALUATION = ("test", "val", "valid", "validation")
@@ -35,8 +35,8 @@ class Folder:
       labels: int32 [N].
 
     Raises (when made):
-      InputError: if there is no such folder or split, if a split or a class is empty, or if a
-        split has a class that `train` lacks.
+      InputError: if there is no such folder or split, if a split or a class is empty, if a split
+        has a class that `train` lacks, or if what would be classes are splits.
     """
 
     def __init__(self, path: str, split: str):
@@ -55,6 +55,8 @@ class Folder:
         for name in _EVALUATION:
             if evaluation and name not in folders and re.search(rf"\b{name}\b", split):
                 folders[name] = evaluation
+        if not has_splits:
+            _refuse_splits(root)
         self.class_names = tuple(f.name for f in _folders(folders["train"]))
         if not self.class_names:
             raise InputError(f"{folders['train']} has no folders, one a class, with pictures")
@@ -66,8 +68,9 @@ class Folder:
             parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
         except (ValueError, KeyError, NotImplementedError) as error:
             hint = "; of one split, use train[:90%] and train[90%:]" if not has_splits else ""
+            reason = "" if "Unknown split" in str(error) else f" ({short_reason(error, 100)})"
             raise InputError(
-                f"{root} has no split {split!r}; it has: {', '.join(sorted(folders))}{hint}"
+                f"{root} has no split {split!r}; it has: {', '.join(sorted(folders))}{hint}{reason}"
             ) from error
         examples = [e for p in parts for e in found[p.splitname][slice(p.from_, p.to)]]
         if not examples:
@@ -101,6 +104,15 @@ class Folder:
         other = copy.copy(self)
         other.paths, other.labels = [self.paths[i] for i in left], self.labels[left]
         return other
+
+
+def _refuse_splits(root: Path) -> None:
+    """Raises InputError where what would be classes are splits."""
+    for folder in _folders(root):
+        if (folder / "train").is_dir():
+            raise InputError(f"{root} has the splits in {folder}: name that folder")
+        if folder.name.lower() in ("train", *_EVALUATION):
+            raise InputError(f"{folder} is no class: call the folders of the splits train and val")
 
 
 def _folders(path: Path) -> list[Path]:

@@ -158,9 +158,15 @@ class Photos:
         """All images, as in evaluation, in memory."""
         chunks = np.array_split(np.arange(len(self)), max(1, len(self) // 16))
         what = f"reading {len(self)} pictures of {self.pictures.name}"
+        images = np.empty((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+
+        def fill(chunk: np.ndarray) -> None:
+            images[chunk], labels[chunk] = self.read(chunk)
+
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            parts = list(bar(threads.map(self.read, chunks), len(chunks), what, unit=" batches"))
-        images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            for _ in bar(threads.map(fill, chunks), len(chunks), what, unit=" batches"):
+                pass
         return Dataset(images, labels, self.class_names)
 
 
@@ -265,4 +271,8 @@ def without_bad(pictures: Folder, *, skip: bool) -> tuple[Folder, int]:
             "--config.bad_images=skip leaves them out"
         )
     warn(f"left out as they cannot be read: {named}{more}")
-    return pictures.without(bad), len(bad)
+    rest = pictures.without(bad)
+    if lost := sorted(set(pictures.labels.tolist()) - set(rest.labels.tolist())):
+        names = ", ".join(pictures.class_names[label] for label in lost)
+        warn(f"no picture is left of {names}")
+    return rest, len(bad)

@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import errors
+from flax.traverse_util import flatten_dict
 
+from flax_resnet.models.freezing import unmatched
 from flax_resnet.models.stacking import is_stacked
 
 _SHOWN = 5  # of a list of names
@@ -21,7 +23,8 @@ _EVALUATION = "model.apply(variables, x, train=False)"
 _TRAINING = 'logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])'
 _UNBOUND = (
     "a model holds no variables: write variables = model.init(key, x, train=False), then "
-    f"{_EVALUATION}"
+    f"{_EVALUATION}. Inside a module make it one of its fields, or call "
+    'model.clone(parent=self, name="backbone")(x, train)'
 )
 _VARIABLES = 'variables are {"params": ..., "batch_stats": ...}, as model.init gives them'
 # Where a net's first convolution and its classifier may be.
@@ -53,11 +56,13 @@ def checked(model: type[M]) -> type[M]:
         _check_images(x)
         _check_fields(self)
         try:
-            return call(self, *args, **kwargs)
+            output = call(self, *args, **kwargs)
         except errors.FlaxError as error:
             if line := _what_to_write(self, x, error):
                 raise ValueError(line) from error
             raise
+        _check_frozen(self)
+        return output
 
     model.__call__ = checked_call
     return model
@@ -79,6 +84,15 @@ def _check_fields(model: Any) -> None:
         raise ValueError(f"frozen is a sequence of names, not {model.frozen!r}")
     if not _is_floating(model.dtype):
         raise ValueError(f"dtype is a float type such as jnp.bfloat16, not {model.dtype!r}")
+
+
+def _check_frozen(model: Any) -> None:
+    """Raises ValueError for names of nothing, once the model has its variables."""
+    if not model.frozen or not model.num_classes:  # whose name may be among them all the same
+        return
+    trees = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
+    for name, hint in unmatched(model.frozen, flatten_dict(trees)):
+        raise ValueError(f"frozen: nothing in the model is called {name!r}: {hint}")
 
 
 def _is_floating(dtype: Any) -> bool:

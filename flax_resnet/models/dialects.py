@@ -1,4 +1,4 @@
-"""The names that popular code gives the modules of these nets, and ours for them.
+"""PyTorch's names of our variables, and those that popular code gives the same modules.
 
 Ours are those of torchvision and of timm's resnet.py. A dialect is told by its names alone, and
 is here only where its nets compute what ours do: a net with other padding, or with biases that
@@ -11,6 +11,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # What wrappers put before every name: DataParallel, torch.compile, Lightning and people.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.")
 # What torch.optim.swa_utils.AveragedModel counts, outside of the prefix.
@@ -123,6 +130,15 @@ _DIALECTS = (
         },
     ),
 )
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """PyTorch's name of a variable, given by its path, such as ("params", "fc", "kernel")."""
+    _, *modules, leaf = path
+    name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
+    name = name.replace("downsample_conv.", "downsample.0.")
+    name = name.replace("downsample_bn.", "downsample.1.")
+    return re.sub(r"_(\d+)\.", r".\1.", name)
 
 
 def in_our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Which variables of a model stay as they are, by their names in PyTorch."""
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Sequence
 
-from flax_resnet.models.torch_weights import torch_name
+from flax_resnet.models.dialects import torch_name
 
 
 def names_of(path: tuple[str, ...]) -> list[str]:
@@ -18,7 +19,24 @@ def names_of(path: tuple[str, ...]) -> list[str]:
 
 def is_frozen(path: tuple[str, ...], patterns: Sequence[str]) -> bool:
     """Whether a pattern matches any of `names_of(path)`; `*`, `?` and `[]` as in file names."""
-    return any(fnmatchcase(name, pattern) for name in names_of(path) for pattern in patterns)
+    return any(
+        fnmatch.fnmatchcase(name, pattern) for name in names_of(path) for pattern in patterns
+    )
+
+
+def unmatched(
+    patterns: Sequence[str], paths: Iterable[tuple[str, ...]]
+) -> Iterator[tuple[str, str]]:
+    """Every pattern that matches none of these variables, and which names to try instead."""
+    names = list(dict.fromkeys(name for path in paths for name in names_of(path)))
+    outermost = [name for name in names if "." not in name]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = difflib.get_close_matches(pattern, names, n=2)
+            yield (
+                pattern,
+                f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(outermost)}",
+            )
 
 
 def has_frozen_statistics(

@@ -97,11 +97,12 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
         own = {name: v for name, v in variables.items() if hasattr(v, "shape")}
         if own:
             kernel = own.get("kernel")
+            shape = getattr(output, "shape", ())  # one's own module may give several arrays
             layer = Layer(
                 name="/".join(context.module.path),
-                output_shape=output.shape[1:],
+                output_shape=shape[1:],
                 parameters=sum(v.size for v in own.values()),
-                multiply_adds=0 if kernel is None else math.prod(output.shape[:-1]) * kernel.size,
+                multiply_adds=0 if kernel is None else math.prod(shape[:-1]) * kernel.size,
             )
             layers.insert(place, layer)
         return output

@@ -14,8 +14,8 @@ nets have bn1, conv1, bn2, ... in their blocks, `downsample.0`, a convolution al
 the shape changes, and `bn` before the pooling.
 """
 
+import contextlib
 import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,18 +25,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.checks import check_model, check_variables, some
-from flax_resnet.models.dialects import in_our_names, without_counters
+from flax_resnet.models.dialects import in_our_names, torch_name, without_counters
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.stacking import is_stacked
 from flax_resnet.models.weight_files import read_as_written
 
-_LEAVES = {
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
 _FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
 
 
@@ -167,14 +160,35 @@ def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[st
     check_model(model, "fr.to_torch(model, variables)")
     check_variables(variables)
     arrays = to_arrays(variables)
-    if not variables.get("batch_stats"):
+    shapes: Any = {}
+    with contextlib.suppress(Exception):  # of one's own model, which wants other images
         shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
-        if "batch_stats" in shapes:
-            raise ValueError(
-                'without "batch_stats" the statistics of BatchNorm are lost: write '
-                '{"params": params, "batch_stats": batch_stats}'
-            )
+    if "batch_stats" in shapes and not variables.get("batch_stats"):
+        raise ValueError(
+            'without "batch_stats" the statistics of BatchNorm are lost: write '
+            '{"params": params, "batch_stats": batch_stats}'
+        )
+    if shapes:
+        _check_axes(shapes, variables)
     return arrays
+
+
+def _check_axes(shapes: Any, variables: Mapping[str, Any]) -> None:
+    """Raises ValueError for variables of another model, or of several on top of each other."""
+    kinds = [kind for kind in ("params", "batch_stats") if kind in shapes]
+    expected, found = (
+        flatten_dict({kind: tree[kind] for kind in kinds}) for tree in (shapes, variables)
+    )
+    if missing := [path for path in expected if path not in found]:
+        raise ValueError(f"the variables lack what the model has: {some(map(torch_name, missing))}")
+    more = {
+        np.ndim(array) - expected[path].ndim for path, array in found.items() if path in expected
+    }
+    if more == {1}:
+        raise ValueError(
+            f"these are the variables of {len(next(iter(found.values())))} models: write "
+            "jax.tree.map(lambda array: array[0], variables)"
+        )
 
 
 def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -189,15 +203,6 @@ def to_arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if name.endswith("running_var"):
             state_dict[name.replace("running_var", "num_batches_tracked")] = np.array(0)
     return state_dict
-
-
-def torch_name(path: tuple[str, ...]) -> str:
-    """PyTorch's name of a variable, given by its path, such as ("params", "fc", "kernel")."""
-    _, *modules, leaf = path
-    name = ".".join([*modules, _LEAVES.get(leaf, leaf)])
-    name = name.replace("downsample_conv.", "downsample.0.")
-    name = name.replace("downsample_bn.", "downsample.1.")
-    return re.sub(r"_(\d+)\.", r".\1.", name)
 
 
 def _to_layout(array: np.ndarray) -> np.ndarray:

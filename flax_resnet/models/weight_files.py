@@ -69,6 +69,8 @@ def read_as_written(source: str | os.PathLike[str]) -> Mapping[str, Any]:
 def _read(path: Path, *, is_shard: bool = False) -> Mapping[str, Any]:
     if not os.path.exists(path):
         raise ValueError(f"there is no file {path}")
+    if os.path.exists(path / "config.json"):
+        raise ValueError(f"{path} is the folder of a run: write fr.load_run({str(path)!r})")
     if not os.path.isfile(path):
         raise ValueError(f"{path} is not a file")
     try:

@@ -15,12 +15,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.caches import expanded
 from flax_resnet.models.checks import check_model
+from flax_resnet.models.dialects import torch_name
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.models.torch_weights import (
     from_torch,
     input_channels,
     to_checked_arrays,
-    torch_name,
     with_channels,
 )
 from flax_resnet.models.weight_files import read_state_dict

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import fnmatch
 import json
 import math
 import reprlib
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict, config_dict
 
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models import VGG, ResNet, ResNet9, create_model
-from flax_resnet.models.freezing import is_frozen, names_of
+from flax_resnet.models.freezing import is_frozen, unmatched
 from flax_resnet.models.shapes import variable_shapes
 
 _LARGEST_INT = 2**32
@@ -386,7 +385,7 @@ def _expected(hint: Any, value: Any) -> str:
 def _plain(value: Any) -> Any:
     """As the fields of `Config` have it, whether from Python, a ConfigDict or a JSON file."""
     if isinstance(value, Mapping | ConfigDict):  # model_fields
-        return {name: field for name, field in dict(value).items() if field is not None}
+        return {name: _plain(field) for name, field in dict(value).items() if field is not None}
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -419,16 +418,10 @@ def _model_problems(run: Config) -> list[str]:
 
 
 def _freeze_problems(run: Config, paths: Iterable[tuple[str, ...]]) -> list[str]:
-    names = list(dict.fromkeys(name for path in paths for name in names_of(path)))
-    outermost = [name for name in names if "." not in name]
-    problems = []
-    for pattern in run.freeze:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=2)
-            hint = f"did you mean {', '.join(near)}?" if near else f"it has {', '.join(outermost)}"
-            problems.append(
-                f"freeze: nothing in {run.model} is called {reprlib.repr(pattern)}: {hint}"
-            )
+    problems = [
+        f"freeze: nothing in {run.model} is called {reprlib.repr(pattern)}: {hint}"
+        for pattern, hint in unmatched(run.freeze, paths)
+    ]
     if all(is_frozen(path, run.freeze) for path in paths if path[0] == "params"):
         problems.append("freeze leaves nothing to train")
     return problems

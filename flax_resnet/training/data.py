@@ -26,7 +26,7 @@ from flax_resnet.data import (
     without_bad,
 )
 from flax_resnet.errors import InputError
-from flax_resnet.progress import say
+from flax_resnet.progress import say, warn
 from flax_resnet.training import hosts
 from flax_resnet.training.config import FOLDER, Config, numbers_of
 from flax_resnet.training.hardware import host_memory
@@ -129,6 +129,8 @@ def open_data(
                 f"{what} of {name}: {ours} in training, {theirs} in the test split{hint}"
             )
 
+    if len(train.class_names) == 1:
+        warn(f"all images of {name} are of one class, {train.class_names[0]}")
     crops = isinstance(train, Photos) and train.random_crops
     is_resident = not crops and _fits(config, room, train, test)
     if is_resident:

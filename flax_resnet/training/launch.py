@@ -188,6 +188,7 @@ def _train_on(
         f"{plan.num_epochs} epochs, {done} of them done: {plan.workdir}"
     )
     if done == plan.num_epochs:
+        say("nothing is left to train")
         hosts.on_first_host(writers.write_curves, plan.workdir, history.records)
         return state
     with contextlib.ExitStack() as stack:

@@ -211,6 +211,8 @@ def _choose_optimizer(
 
 
 def _check_sizes(config: Config, data: Data, own: Own) -> None:
+    if len(data.train) >= 2**31:  # they are counted in 32 bits
+        raise InputError(f"{len(data.train):,} training examples are too many: 2**31 - 1 at most")
     if len(data.train) < config.batch_size:
         raise InputError(
             f"batch_size={config.batch_size} is more than the {len(data.train)} training examples"

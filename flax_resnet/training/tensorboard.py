@@ -23,7 +23,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from flax_resnet.errors import printable
 from flax_resnet.models import unstack_blocks
-from flax_resnet.models.torch_weights import torch_name
+from flax_resnet.models.dialects import torch_name
 from flax_resnet.training.history import Record
 
 _PIXELS_BETWEEN_IMAGES = 2

@@ -192,6 +192,29 @@ def test_picture_that_can_be_read_again(pictures, user_cache, monkeypatch):
     assert without_bad(folder, skip=False) == (folder, 0)
 
 
+def test_class_without_a_picture_left_is_named(pictures, user_cache, capsys):
+    for path in (pictures / "train" / "bees").iterdir():
+        path.write_bytes(b"damaged")
+    without_bad(Folder(str(pictures), "train"), skip=True)
+    assert "no picture is left of bees" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("above", "message"),
+    [("unpacked", "has the splits in .*/unpacked/pictures: name that"), ("Train", "is no class")],
+)
+def test_splits_are_not_taken_for_classes(pictures, tmp_path, above, message):
+    root = tmp_path / above
+    root.mkdir()
+    if above == "Train":
+        (pictures / "train").rename(pictures / "Train")
+        root = pictures
+    else:
+        pictures.rename(root / "pictures")
+    with pytest.raises(InputError, match=message):
+        Folder(str(root), "train")
+
+
 def test_file_that_vanishes_is_named(pictures):
     folder = Folder(str(pictures), "train")
     split = Photos(folder, SIZING)

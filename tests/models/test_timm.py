@@ -11,10 +11,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import flax_resnet as fr
-from flax_resnet.models.dialects import in_our_names
+from flax_resnet.models.dialects import in_our_names, torch_name
 from flax_resnet.models.layers import Conv, EfficientChannelAttention, blur_pool, max_pool
 from flax_resnet.models.shapes import variable_shapes
-from flax_resnet.models.torch_weights import torch_name
 from flax_resnet.models.variants import VARIANTS
 from flax_resnet.training.data import published_statistics
 from tests.models import timm_nets, torch_resnet

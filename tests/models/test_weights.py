@@ -127,6 +127,10 @@ class TestSafetensors:
         usual.touch()
         assert path.stat().st_mode == usual.stat().st_mode  # for others to read, too
 
+    def test_variables_of_another_model(self, tmp_path, variables):
+        with pytest.raises(ValueError, match=r"lack what the model has: .* and \d+ more$"):
+            fr.save_weights(fr.resnet18(), variables, tmp_path / "net.safetensors")
+
     def test_where_it_cannot_be_saved(self, tmp_path, variables):
         with pytest.raises(ValueError, match=r"saved as \.safetensors, not .*net\.pth"):
             fr.save_weights(MODEL, variables, tmp_path / "net.pth")
@@ -391,7 +395,7 @@ class TestCreateModel:
         chex.assert_trees_all_equal(ours, {**variables, "params": params})
         assert not caplog.records
 
-        fr.save_weights(MODEL, ours, tmp_path / "backbone.safetensors")
+        fr.save_weights(MODEL.clone(num_classes=0), ours, tmp_path / "backbone.safetensors")
         _, ours = fr.create_model("cifar_resnet8", weights=tmp_path / "backbone.safetensors")
         assert ours["params"].pop("fc")["kernel"].shape == (64, 10)
         chex.assert_trees_all_equal(ours, {**variables, "params": params})
@@ -575,7 +579,7 @@ class TestHub:
         monkeypatch.setattr(hub, "hf_hub_download", self.absent)
         monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
         with pytest.raises(
-            ValueError, match=r"no file a/b, .*Hub: Name or service not known and more$"
+            ValueError, match=r"no file or folder a/b, .*Hub: Name or service not known and more$"
         ):
             fr.create_model("cifar_resnet8", weights="a/b")
 

@@ -313,6 +313,27 @@ def test_examples_that_are_none(examples, message, feed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Numbered(Listed):
+    class_names = (0, 1, 2)  # pyright: ignore[reportAssignmentType]
+
+
+@pytest.mark.parametrize("feed", ["resident", "stream"])
+def test_names_of_classes_are_strings(feed, tmp_path):
+    config = CONFIG | {"data_feed": feed, "stream_workers": 0}
+    with pytest.raises(fr.InputError, match=r"class_names must be strings, .*not \(0, 1, 2\)"):
+        fr.train(config, tmp_path / "run", model=CNN(), data=(Numbered(DATA[0]), DATA[1]))
+
+
+def test_a_split_keeps_its_length():
+    examples = Listed(DATA[0])
+    source = ExampleSource(examples)
+    examples.examples += examples.examples[:7]
+    assert len(source) == 50
+    del examples.examples[20:]
+    with pytest.raises(fr.InputError, match="example 20 of Listed cannot be read: IndexError"):
+        source.read(np.array([20]))
+
+
 class Opened(Listed):
     """With what cannot be given to another process."""
 

@@ -15,7 +15,7 @@ import flax_resnet as fr
 from flax_resnet.data import Dataset, augment, channel_statistics, epoch_order, erase, mix
 from flax_resnet.data.augment import keys_of_each
 from flax_resnet.models import native
-from flax_resnet.models.torch_weights import torch_name
+from flax_resnet.models.dialects import torch_name
 from flax_resnet.training import (
     create_state,
     cross_entropy,
