@@ -188,7 +188,7 @@ def _choose_model(config: Config, data: Data, mesh: Mesh, own: Own) -> nn.Module
     except ValueError as error:
         if config.batch_norm == "per_replica" and "bn_splits" in str(error):
             raise InputError(
-                f"batch_norm='per_replica' is for a net with BatchNorm, which {config.model} is not"
+                f"batch_norm='per_replica' is for BatchNorm, and this {config.model} has none"
             ) from error
         raise InputError(f"{config.model} cannot be trained so: {short_reason(error)}") from error
     return model

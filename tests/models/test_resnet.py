@@ -463,7 +463,7 @@ def test_what_cannot_be_built_says_why(model, shape, message):
 def test_unknown_names_are_refused_with_a_hint():
     with pytest.raises(ValueError, match="'resnet19': did you mean resnet18"):
         fr.create_model("resnet19")
-    with pytest.raises(ValueError, match=r"'resnet20': did you mean cifar_resnet20$"):
+    with pytest.raises(ValueError, match=r"'resnet20': did you mean cifar_resnet20\?$"):
         fr.create_model("resnet20")
     with pytest.raises(TypeError, match="num_clases"):
         fr.create_model("resnet18", num_clases=10)
