@@ -107,12 +107,14 @@ class Folder:
 
 
 def _refuse_splits(root: Path) -> None:
-    """Raises InputError where what would be classes are splits."""
-    for folder in _folders(root):
+    """Raises InputError where what would be classes are splits, or have them inside."""
+    folders = _folders(root)
+    for folder in folders:
         if (folder / "train").is_dir():
-            raise InputError(f"{root} has the splits in {folder}: name that folder")
-        if folder.name.lower() in ("train", *_EVALUATION):
-            raise InputError(f"{folder} is no class: call the folders of the splits train and val")
+            raise InputError(f"{folder} has a folder train, but pictures are PATH/train/CLASS/*")
+    if folders and all(folder.name.lower() in ("train", *_EVALUATION) for folder in folders):
+        names = ", ".join(folder.name for folder in folders)
+        raise InputError(f"{root} has {names} for classes: call the splits train and val")
 
 
 def _folders(path: Path) -> list[Path]:

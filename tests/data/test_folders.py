@@ -201,7 +201,10 @@ def test_class_without_a_picture_left_is_named(pictures, user_cache, capsys):
 
 @pytest.mark.parametrize(
     ("above", "message"),
-    [("unpacked", "has the splits in .*/unpacked/pictures: name that"), ("Train", "is no class")],
+    [
+        ("unpacked", "unpacked/pictures has a folder train, but pictures are PATH/train/CLASS"),
+        ("Train", "has Train, val for classes: call the splits train and val"),
+    ],
 )
 def test_splits_are_not_taken_for_classes(pictures, tmp_path, above, message):
     root = tmp_path / above
@@ -213,6 +216,11 @@ def test_splits_are_not_taken_for_classes(pictures, tmp_path, above, message):
         pictures.rename(root / "pictures")
     with pytest.raises(InputError, match=message):
         Folder(str(root), "train")
+
+
+def test_a_class_may_be_called_train(pictures):
+    (pictures / "train" / "bees").rename(pictures / "train" / "Train")
+    assert Folder(str(pictures / "train"), "train").class_names == ("Train", "ants")
 
 
 def test_file_that_vanishes_is_named(pictures):
