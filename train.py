@@ -1,17 +1,21 @@
 """Trains a model, or goes on with the run that the workdir holds.
 
-    python train.py --config configs/cifar_resnet18.py [--workdir DIR] [--config.KEY=VALUE ...]
+    python train.py --config configs/cifar_resnet18.py [--workdir DIR]
+        [--config.KEY=VALUE ...]
 
-Every key of the config can be set, e.g. --config.batch_size=256, and --config.KEY=None takes back
-one that may be None. A tuple is quoted: --config.decay_at="(0.5, 0.75)". A field of the model is
---config.model_fields.FIELD=VALUE. --help lists all keys with their meaning. Of num_epochs and
-num_steps the last on the command line is the length. Ctrl-C stops a run after the step at hand, and
-the same command with its --workdir goes on. Exits with 2 and one line on standard error where the
-input cannot be used, with 1 where loss or gradient is not finite, and with 130 or 143 after a
+Every key of the config can be set, e.g. --config.batch_size=256, and
+--config.KEY=None takes back one that may be None. A tuple is quoted:
+--config.decay_at="(0.5, 0.75)". A field of the model is
+--config.model_fields.FIELD=VALUE. --help lists all keys with their meaning. Of
+num_epochs and num_steps the last on the command line is the length. Ctrl-C
+stops a run after the step at hand, and the same command with its --workdir
+goes on. Exits with 2 and one line on standard error where the input cannot be
+used, with 1 where loss or gradient is not finite, and with 130 or 143 after a
 signal.
 
-On several hosts start it on each, with the same arguments: as it is on a TPU pod or by
-Slurm's srun, elsewhere with --coordinator, --num_processes and --process_id too.
+On several hosts start it on each, with the same arguments: as it is on a TPU
+pod or by Slurm's srun, elsewhere with --coordinator, --num_processes and
+--process_id too.
 """
 
 import ast
@@ -26,6 +30,7 @@ import runpy
 import signal
 import stat
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,7 +304,16 @@ def help_text() -> str:
             flags.FLAGS.main_module_help(),
             "",
             "Recipes:",
-            *(f"  {path}: {text.partition(chr(10))[0]}" for path, text in listed),
+            *(
+                textwrap.fill(
+                    f"{path}: {text.partition(chr(10))[0]}",
+                    width=79,
+                    initial_indent="  ",
+                    subsequent_indent="      ",
+                    break_on_hyphens=False,
+                )
+                for path, text in listed
+            ),
             "",
             "Keys of the config, with their types and defaults, each as --config.KEY=VALUE:",
             *keys,

@@ -2,13 +2,14 @@
 
     python -m flax_resnet.demo --workdir RUN
 
-One drops a picture on it, or takes one with the camera, and gets the five most probable classes,
-and for a ResNet, ResNet9 or VGG where in the picture it sees the first of them. Pictures of the
-test split are there to begin with, where it can be read. The page is for this machine alone unless
---host says otherwise: 0.0.0.0 is for all that reach it. Ctrl-C ends it.
+One drops a picture on it, or takes one with the camera, and gets the five most
+probable classes, and for a ResNet, ResNet9 or VGG where in the picture it sees
+the first of them. Pictures of the test split are there to begin with, where it
+can be read. The page is for this machine alone unless --host says otherwise:
+0.0.0.0 is for all that reach it. Ctrl-C ends it.
 
-It needs gradio: pip install -e '.[demo]'. Exits with 2 and one line on standard error where
-the input cannot be used.
+It needs gradio: pip install -e '.[demo]'. Exits with 2 and one line on
+standard error where the input cannot be used.
 """
 
 import argparse

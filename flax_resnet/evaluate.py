@@ -2,14 +2,15 @@
 
     python -m flax_resnet.evaluate --workdir RUN [--checkpoint best|newest|STEP]
 
-The best checkpoint is the one with the highest accuracy on this very split, so its accuracy
-is biased upwards; that of the newest is the last one in metrics.jsonl, unless the run
-stopped inside an epoch. A run that trained on GPU or TPU in bfloat16 is evaluated in float32
-on a CPU.
+The best checkpoint is the one with the highest accuracy on this very split, so
+its accuracy is biased upwards; that of the newest is the last one in
+metrics.jsonl, unless the run stopped inside an epoch. A run that trained on
+GPU or TPU in bfloat16 is evaluated in float32 on a CPU.
 
-The interval is Wilson's score interval for a binomial proportion (E. B. Wilson, Probable
-inference, the law of succession, and statistical inference, JASA 22, 1927): it holds for
-other test images from the same source, not for other seeds.
+The interval is Wilson's score interval for a binomial proportion (E. B.
+Wilson, Probable inference, the law of succession, and statistical inference,
+JASA 22, 1927): it holds for other test images from the same source, not for
+other seeds.
 
 Exits with 2 and one line on standard error where the input cannot be used.
 """

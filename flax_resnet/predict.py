@@ -2,18 +2,21 @@
 
     python -m flax_resnet.predict --workdir RUN image.png folder/ - [--maps DIR]
 
-A folder stands for all pictures in it and below, by their names' endings; `-` for one on
-standard input. Any size, mode and format that Pillow reads will do: the picture is turned
-upright as its EXIF data say, laid on white where it is transparent, reduced to 8 bits, and
-of several frames the first is taken. A run with `image_size` sees it as in its evaluation. Else
-the largest part around its middle with the training images' aspect ratio is resized to their
-size, antialiased (bicubic).
+A folder stands for all pictures in it and below, by their names' endings; `-`
+for one on standard input. Any size, mode and format that Pillow reads will do:
+the picture is turned upright as its EXIF data say, laid on white where it is
+transparent, reduced to 8 bits, and of several frames the first is taken. A run
+with `image_size` sees it as in its evaluation. Else the largest part around
+its middle with the training images' aspect ratio is resized to their size,
+antialiased (bicubic).
 
-With --maps a PNG of each is written: the picture as the net takes it, and beside it the same under
-the class activation map of the most probable class, see `flax_resnet.class_activation_maps`.
+With --maps a PNG of each is written: the picture as the net takes it, and
+beside it the same under the class activation map of the most probable class,
+see `flax_resnet.class_activation_maps`.
 
-A picture that cannot be read is named on standard error and left out, and the exit code is
-1 after the others. Other input that cannot be used ends with one line there and exit code 2.
+A picture that cannot be read is named on standard error and left out, and the
+exit code is 1 after the others. Other input that cannot be used ends with one
+line there and exit code 2.
 """
 
 import argparse

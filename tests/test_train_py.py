@@ -352,6 +352,18 @@ def test_help_names_the_options():
         assert text in result.stdout
     for option in ("--config", "--workdir", "--coordinator", "--num_processes", "--process_id"):
         assert option in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "evaluate", "lesson", "predict", "report"])
+def test_help_of_the_others_is_as_wide_as_a_terminal(name):
+    command = [sys.executable, "-m", f"flax_resnet.{name}", "--help"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_import_is_light():

@@ -21,28 +21,32 @@ from flax_resnet.progress import bar, say, shows_bars
 from flax_resnet.training.jsonfiles import user_path
 
 _DESCRIPTION = """\
-Measures on real images what the lesson on skip connections explains, and draws it.
+Measures on real images what the lesson on skip connections explains, and
+draws it.
 
-  identity   a block whose last BatchNorm starts at zero passes its input on unchanged
-  gradients  norm of the gradient by layer, plain and residual, 20, 56 and 110 layers,
-             at initialisation and in the first steps of training
+  identity   a block whose last BatchNorm starts at zero passes its input on
+             unchanged
+  gradients  norm of the gradient by layer, plain and residual, 20, 56 and 110
+             layers, at initialisation and in the first steps of training
   fields     shape and receptive field of every stage, over an image
-  curves     loss and error of plain-20, plain-56, residual-20 and residual-56 over whole
-             runs, from their metrics.jsonl; prints the commands of those that are not there
+  curves     loss and error of plain-20, plain-56, residual-20 and residual-56
+             over whole runs, from their metrics.jsonl; prints the commands of
+             those that are not there
 
-Each part writes its figures, and the numbers in them as JSON, into the output folder, and
-prints the numbers that matter.
+Each part writes its figures, and the numbers in them as JSON, into the output
+folder, and prints the numbers that matter.
 """
 
 _EPILOG = """\
-On 2 cores of a CPU all parts take about five minutes, most of it for gradients; choose
-others with --parts. docs/lesson.md tells what there is to see in the figures.
+On 2 cores of a CPU all parts take about five minutes, most of it for
+gradients; choose others with --parts. docs/lesson.md tells what there is to
+see in the figures.
 
 examples:
   python -m flax_resnet.lesson --dataset digits         no download
   python -m flax_resnet.lesson --parts identity fields  the quick ones
-  python -m flax_resnet.lesson --parts curves --metrics runs/cifar_plain20 runs/cifar_plain56 \\
-      runs/cifar_resnet20 runs/cifar_resnet56
+  python -m flax_resnet.lesson --parts curves --metrics runs/cifar_plain20 \\
+      runs/cifar_plain56 runs/cifar_resnet20 runs/cifar_resnet56
 """
 
 _RECIPE = "configs/cifar_resnet20.py"
@@ -75,8 +79,19 @@ def make_parser() -> Parser:
         choices=("cifar10", "digits"),
         help="default: cifar10 where TFDS has prepared it, digits elsewhere",
     )
-    add("--data_dir", metavar="DIR", help="of TFDS; default: $TFDS_DATA_DIR")
-    add("--parts", nargs="+", choices=tuple(_PARTS), default=tuple(_PARTS), help="default: all")
+    add(
+        "--data_dir",
+        metavar="DIR",
+        help="folder of TFDS; default: $TFDS_DATA_DIR, or ~/tensorflow_datasets",
+    )
+    add(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        choices=tuple(_PARTS),
+        default=tuple(_PARTS),
+        help=f"{', '.join(_PARTS)}; default: all",
+    )
     add("--steps", type=at_least(2), default=30, help="of training, for gradients; default: 30")
     add("--batch_size", type=at_least(2), default=64, help="for gradients; default: 64")
     add("--seed", type=at_least(0), default=0, help="of weights and batches; default: 0")

@@ -2,14 +2,15 @@
 
     python -m flax_resnet.report RUN [RUN ...] [--output FILE]
 
-It compares the runs and draws their curves. Of the newest checkpoint of each run it shows
-accuracy with its 95% interval, confusions, precision and recall of the classes, calibration,
-the most confident mistakes with where the net looked, the first layer's filters, config, versions
-and hardware. It is written as report.html into the first run's folder, and train.py writes it at
-the end of a run.
+It compares the runs and draws their curves. Of the newest checkpoint of each
+run it shows accuracy with its 95% interval, confusions, precision and recall
+of the classes, calibration, the most confident mistakes with where the net
+looked, the first layer's filters, config, versions and hardware. It is written
+as report.html into the first run's folder, and train.py writes it at the end
+of a run.
 
-A run may still be training. Exits with 2 and one line on standard error where the input
-cannot be used.
+A run may still be training. Exits with 2 and one line on standard error where
+the input cannot be used.
 """
 
 import argparse

@@ -27,146 +27,172 @@ FOLDER = "folder:"  # before the path of a folder of pictures, as a data set
 class Config:
     """A run's configuration, checked; recipes and the command line set a `ConfigDict`."""
 
-    # Seeds the initial weights, the order of the examples and their augmentation.
+    # Seeds the initial weights, the order of the examples and their
+    # augmentation.
     seed: int = 0
 
-    # The data set: a name of TFDS, its folder (None: $TFDS_DATA_DIR or ~/tensorflow_datasets),
-    # and split strings of TFDS. Or "folder:PATH", with PATH/train/CLASS/* and PATH/val/CLASS/*.
+    # The data set: a name of TFDS, its folder (None: $TFDS_DATA_DIR or
+    # ~/tensorflow_datasets), and split strings of TFDS. Or "folder:PATH", with
+    # PATH/train/CLASS/* and PATH/val/CLASS/*.
     dataset: str = "cifar10"
     data_dir: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
     # The feature of TFDS that is the label. cifar100 also has "coarse_label".
     label_key: str = "label"
-    # Channels of the images. 3 repeats gray images as red, green and blue; None changes nothing.
+    # Channels of the images. 3 repeats gray images as red, green and blue;
+    # None changes nothing.
     channels: int | None = None
-    # Pictures of any size become square, with so many pixels a side. None is for data whose images
-    # all have one size, and keeps it. In evaluation the shorter side of a picture becomes
-    # `eval_resize` (None: image_size / 0.875), and the middle is cut out.
+    # Pictures of any size become square, with so many pixels a side. None is
+    # for data whose images all have one size, and keeps it. In evaluation the
+    # shorter side of a picture becomes `eval_resize` (None: image_size /
+    # 0.875), and the middle is cut out.
     image_size: int | None = None
     eval_resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    # Pictures of a folder that cannot be read: "stop" names them, "skip" leaves them out.
+    # Pictures of a folder that cannot be read: "stop" names them, "skip"
+    # leaves them out.
     bad_images: Literal["stop", "skip"] = "stop"
-    # The mean and standard deviation by which images are normalised: those of the training images
-    # ("data"), those of ImageNet ("imagenet"), or numbers for each channel, of pixels from 0 to
-    # 1: "0.5,0.5,0.5/0.2,0.2,0.2". "auto" is "data". With `init_from`, "auto" is what those
-    # weights were trained with: the other run's numbers; for published weights ImageNet's,
+    # The mean and standard deviation by which images are normalised: those of
+    # the training images ("data"), those of ImageNet ("imagenet"), or numbers
+    # for each channel, of pixels from 0 to 1: "0.5,0.5,0.5/0.2,0.2,0.2".
+    # "auto" is "data". With `init_from`, "auto" is what those weights were
+    # trained with: the other run's numbers; for published weights ImageNet's,
     # or 0.5 for a resnetv2.
     normalize: str = "auto"
-    # "resident" keeps the decoded data set in the memory of every device. "stream" reads it from
-    # disk all the time, with `stream_workers` processes on each host for each of the two splits
-    # (0: in the run's own process). "auto" streams a data set that would take over a quarter of
-    # the device's memory or the host's. Processes of a run that share a host divide its memory.
-    # The batches are the same. Pictures with crop "resized" are always streamed. Unless
-    # "stream" is set, those that fit in a quarter of the host's memory stay decoded there, and
-    # `stream_workers` threads read them.
+    # "resident" keeps the decoded data set in the memory of every device.
+    # "stream" reads it from disk all the time, with `stream_workers` processes
+    # on each host for each of the two splits (0: in the run's own process).
+    # "auto" streams a data set that would take over a quarter of the device's
+    # memory or the host's. Processes of a run that share a host divide its
+    # memory. The batches are the same. Pictures with crop "resized" are always
+    # streamed. Unless "stream" is set, those that fit in a quarter of the
+    # host's memory stay decoded there, and `stream_workers` threads read them.
     data_feed: Literal["auto", "resident", "stream"] = "auto"
     stream_workers: int = 4
-    # "padded" moves each training image by up to `crop_padding` pixels, and black comes in from
-    # the sides. "resized" takes a random part of each picture and resizes it to `image_size`, as
-    # torchvision's RandomResizedCrop (arXiv:1409.4842, section 6). `crop_area` is the range of the
-    # part's share of the picture, `crop_ratio` the range of its width divided by its height.
+    # "padded" moves each training image by up to `crop_padding` pixels, and
+    # black comes in from the sides. "resized" takes a random part of each
+    # picture and resizes it to `image_size`, as torchvision's
+    # RandomResizedCrop (arXiv:1409.4842, section 6). `crop_area` is the range
+    # of the part's share of the picture, `crop_ratio` the range of its width
+    # divided by its height.
     crop: Literal["padded", "resized"] = "padded"
     crop_padding: int = 4
     crop_area: tuple[float, ...] = (0.08, 1.0)
     crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
-    # What follows crop "resized". "randaugment" does two operations to each image (Cubuk et al.,
-    # arXiv:1909.13719), "trivialaugment" does one of any strength (Mueller and Hutter,
-    # arXiv:2103.10158). They are torchvision's RandAugment and TrivialAugmentWide.
+    # What follows crop "resized". "randaugment" does two operations to each
+    # image (Cubuk et al., arXiv:1909.13719), "trivialaugment" does one of any
+    # strength (Mueller and Hutter, arXiv:2103.10158). They are torchvision's
+    # RandAugment and TrivialAugmentWide.
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     horizontal_flip: bool = True
-    # Mirrors in each epoch the half of the images that the epoch before did not (K. Jordan,
-    # arXiv:2404.00498, section 3.6). False mirrors each by chance.
+    # Mirrors in each epoch the half of the images that the epoch before did
+    # not (K. Jordan, arXiv:2404.00498, section 3.6). False mirrors each by
+    # chance.
     alternating_flip: bool = False
-    # Hides a square at a random place of every training image, so many pixels a side; 0 for none.
+    # Hides a square at a random place of every training image, so many pixels
+    # a side; 0 for none.
     cutout: int = 0
-    # Share of the training images that lose a rectangle (Zhong et al., arXiv:1708.04896).
+    # Share of the training images that lose a rectangle (Zhong et al.,
+    # arXiv:1708.04896).
     random_erasing: float = 0.0
-    # Mixes images, and their targets, with their neighbours in the batch. The number is the
-    # parameter alpha of the Beta distribution of their shares; 0 for none. mixup (Zhang et al.,
-    # arXiv:1710.09412) takes weighted means of two images, cutmix (Yun et al., arXiv:1905.04899)
-    # puts a rectangle of one into the other. With both, each image gets one of the two.
+    # Mixes images, and their targets, with their neighbours in the batch. The
+    # number is the parameter alpha of the Beta distribution of their shares; 0
+    # for none. mixup (Zhang et al., arXiv:1710.09412) takes weighted means of
+    # two images, cutmix (Yun et al., arXiv:1905.04899) puts a rectangle of one
+    # into the other. With both, each image gets one of the two.
     mixup: float = 0.0
     cutmix: float = 0.0
 
-    # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that are to differ from
-    # that model's.
+    # One of fr.list_models(), and the fields of ResNet, ResNet9 or VGG that
+    # are to differ from that model's.
     model: str = "cifar_resnet18"
     model_fields: Mapping[str, Any] = field(default_factory=dict)
-    # The dtype of the computation. "auto" is bfloat16 on TPUs and on GPUs from Ampere on, else
-    # float32.
+    # The dtype of the computation. "auto" is bfloat16 on TPUs and on GPUs from
+    # Ampere on, else float32.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # The weights to start from: a run's folder (its best checkpoint), a file that PyTorch or
-    # safetensors wrote, or the id of a Hugging Face Hub repository. A classifier for another
-    # number of classes starts anew. None is for random weights. A recipe that has to be given
-    # weights sets "", which is refused. The weights are read before the first step only: after it
-    # the run's own checkpoints hold everything.
+    # The weights to start from: a run's folder (its best checkpoint), a file
+    # that PyTorch or safetensors wrote, or the id of a Hugging Face Hub
+    # repository. A classifier for another number of classes starts anew. None
+    # is for random weights. A recipe that has to be given weights sets "",
+    # which is refused. The weights are read before the first step only: after
+    # it the run's own checkpoints hold everything.
     init_from: str | None = None
-    # Modules and parameters that stay as they are, by their names in PyTorch, e.g.
-    # ("conv1", "bn1", "layer1", "layer2.0"), in which *, ? and [] are as in file names. They
-    # get no update and no weight decay, and a frozen BatchNorm keeps its running statistics
-    # and normalises by them in training too.
+    # Modules and parameters that stay as they are, by their names in PyTorch,
+    # e.g. ("conv1", "bn1", "layer1", "layer2.0"), in which *, ? and [] are as
+    # in file names. They get no update and no weight decay, and a frozen
+    # BatchNorm keeps its running statistics and normalises by them in training
+    # too.
     freeze: tuple[str, ...] = ()
 
-    # Examples per step, on all devices together. The examples that do not fill a last batch are
-    # left out: different ones in every epoch.
+    # Examples per step, on all devices together. The examples that do not fill
+    # a last batch are left out: different ones in every epoch.
     batch_size: int = 128
-    # A batch goes through the model in so many parts, one after the other, to save memory.
+    # A batch goes through the model in so many parts, one after the other, to
+    # save memory.
     accumulation_steps: int = 1
-    # BatchNorm's statistics: those of the whole batch, or, "per_replica", of each device's share.
+    # BatchNorm's statistics: those of the whole batch, or, "per_replica", of
+    # each device's share.
     batch_norm: Literal["global", "per_replica"] = "global"
     eval_batch_size: int = 512
-    # The length of the run. If `num_steps` is set, it is the length instead; on the command line
-    # the later of the two counts.
+    # The length of the run. If `num_steps` is set, it is the length instead;
+    # on the command line the later of the two counts.
     num_epochs: int = 200
     num_steps: int | None = None
-    # The test split is evaluated after every so many epochs, and after the last.
+    # The test split is evaluated after every so many epochs, and after the
+    # last.
     eval_every: int = 1
 
-    # The learning rate rises linearly over `warmup_epochs` to its peak, `learning_rate`. Then it
-    # stays ("constant"), falls to 0 along a cosine ("cosine"), or is multiplied by `decay_factor`
-    # at each of the fractions `decay_at` of the run ("step"). "onecycle" rises and falls along
-    # cosines; its rise is the warm-up.
+    # The learning rate rises linearly over `warmup_epochs` to its peak,
+    # `learning_rate`. Then it stays ("constant"), falls to 0 along a cosine
+    # ("cosine"), or is multiplied by `decay_factor` at each of the fractions
+    # `decay_at` of the run ("step"). "onecycle" rises and falls along cosines;
+    # its rise is the warm-up.
     schedule: Literal["constant", "step", "cosine", "onecycle"] = "cosine"
     learning_rate: float = 0.1
     warmup_epochs: float = 0.0
     decay_at: tuple[float, ...] = (0.5, 0.75)
     decay_factor: float = 0.1
 
-    # "sgd" is torch.optim.SGD, "adamw" torch.optim.AdamW. "lars" (You et al., arXiv:1708.03888)
-    # and "lamb" (You et al., arXiv:1904.00962) are for large batches. "muon" (K. Jordan, "Muon: An
-    # optimizer for hidden layers in neural networks", 2024) is for short trainings, with a larger
-    # learning rate and weight decay, such as 0.2 and 0.1, and less momentum, such as 0.6. It takes
-    # the kernels of convolutions; adamw takes the rest, with a twentieth of the learning rate.
+    # "sgd" is torch.optim.SGD, "adamw" torch.optim.AdamW. "lars" (You et al.,
+    # arXiv:1708.03888) and "lamb" (You et al., arXiv:1904.00962) are for large
+    # batches. "muon" (K. Jordan, "Muon: An optimizer for hidden layers in
+    # neural networks", 2024) is for short trainings, with a larger learning
+    # rate and weight decay, such as 0.2 and 0.1, and less momentum, such as
+    # 0.6. It takes the kernels of convolutions; adamw takes the rest, with a
+    # twentieth of the learning rate.
     optimizer: Literal["sgd", "adamw", "lars", "lamb", "muon"] = "sgd"
     # `momentum` and `nesterov` are for sgd, lars and muon.
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
-    # Whether weight decay also acts on BatchNorm's scale and bias and on fc's bias.
+    # Whether weight decay also acts on BatchNorm's scale and bias and on fc's
+    # bias.
     decay_bn_and_bias: bool = True
-    # The largest norm that the gradient of all parameters together may have, as in
-    # torch.nn.utils.clip_grad_norm_; None for no limit.
+    # The largest norm that the gradient of all parameters together may have,
+    # as in torch.nn.utils.clip_grad_norm_; None for no limit.
     clip_norm: float | None = None
     label_smoothing: float = 0.0
-    # The decay of an exponential moving average of the weights and of BatchNorm's statistics,
-    # such as 0.999; 0 for none. The average is what is evaluated, and what `fr.load_run` gives.
-    # After t steps the decay is (1 + t) / (10 + t) if that is less, as in
-    # tf.train.ExponentialMovingAverage. So the first weights are soon forgotten.
+    # The decay of an exponential moving average of the weights and of
+    # BatchNorm's statistics, such as 0.999; 0 for none. The average is what is
+    # evaluated, and what `fr.load_run` gives. After t steps the decay is (1 +
+    # t) / (10 + t) if that is less, as in tf.train.ExponentialMovingAverage.
+    # So the first weights are soon forgotten.
     ema_decay: float = 0.0
 
-    # A checkpoint is written after every epoch, and within an epoch when the last one is so many
-    # minutes old. The newest `keep_checkpoints` and the best one are kept.
+    # A checkpoint is written after every epoch, and within an epoch when the
+    # last one is so many minutes old. The newest `keep_checkpoints` and the
+    # best one are kept.
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 3
     # Every so many steps, steps.jsonl gets a line and TensorBoard a point.
     log_every: int = 50
-    # (first, stop): JAX's profiler traces the steps first ... stop - 1, counted from 0, for the
-    # Profile tab of TensorBoard; () for none.
+    # (first, stop): JAX's profiler traces the steps first ... stop - 1,
+    # counted from 0, for the Profile tab of TensorBoard; () for none.
     profile_steps: tuple[int, ...] = ()
-    # What happens when the loss or its gradient is not finite. "stop" ends the run. "rollback"
-    # goes back to the newest checkpoint and on from there with other batches.
+    # What happens when the loss or its gradient is not finite. "stop" ends the
+    # run. "rollback" goes back to the newest checkpoint and on from there with
+    # other batches.
     on_nan: Literal["stop", "rollback"] = "stop"
 
 
