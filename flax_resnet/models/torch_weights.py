@@ -176,9 +176,8 @@ def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[st
 def _check_axes(shapes: Any, variables: Mapping[str, Any]) -> None:
     """Raises ValueError for variables of another model, or of several on top of each other."""
     kinds = [kind for kind in ("params", "batch_stats") if kind in shapes]
-    expected, found = (
-        flatten_dict({kind: tree[kind] for kind in kinds}) for tree in (shapes, variables)
-    )
+    expected: dict[tuple[str, ...], Any] = flatten_dict({kind: shapes[kind] for kind in kinds})
+    found: dict[tuple[str, ...], Any] = flatten_dict({kind: variables[kind] for kind in kinds})
     if missing := [path for path in expected if path not in found]:
         raise ValueError(f"the variables lack what the model has: {some(map(torch_name, missing))}")
     more = {

@@ -1,6 +1,7 @@
 """Weights under the names that other code gives the same nets, written out by hand."""
 
 from pathlib import Path
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -138,7 +139,7 @@ class Own(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        without_head = SMALL | {"num_classes": 0}
+        without_head: Any = SMALL | {"num_classes": 0}
         x = fr.ResNet(fr.BasicBlock, (1, 1), **without_head, name="backbone")(x, train)
         return nn.Dense(3, name="head")(x)
 
