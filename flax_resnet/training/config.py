@@ -352,6 +352,9 @@ def _contradictions(run: Config) -> Iterator[tuple[Sequence[str], str]]:
     if run.auto_augment != "none" and run.crop != "resized":
         text = f"auto_augment {run.auto_augment!r} needs crop 'resized' and image_size"
         yield ("auto_augment", "crop"), text
+    if run.freeze and run.model_fields.get("scan_blocks"):
+        text = "model_fields.scan_blocks=True runs blocks as one: freeze cannot name some of them"
+        yield ("freeze", "model_fields"), text
     if run.alternating_flip and not run.horizontal_flip:
         yield ("alternating_flip", "horizontal_flip"), "alternating_flip needs horizontal_flip"
     if run.optimizer in ("sgd", "lars") and run.nesterov and not run.momentum:
@@ -429,7 +432,7 @@ def _model_problems(run: Config) -> list[str]:
     except (TypeError, ValueError) as error:
         return [f"model_fields are of numbers, text and lists: {short_reason(error, 200)}"]
     try:
-        model = create_model(run.model, frozen=run.freeze, **run.model_fields)
+        model = create_model(run.model, **run.model_fields)
     except ValueError as error:
         return [short_reason(error, 200)]
     except TypeError as error:
