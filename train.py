@@ -245,14 +245,14 @@ def read_recipe(arguments: list[str]) -> Any:
 
 def check_key(config: Any, key: str) -> None:
     """Raises a flags.Error where a config has no such key, with the one that may be meant."""
-    from flax_resnet.training.config import DECIDED_BY_OTHER_KEYS, near_key
+    from flax_resnet.training.config import near_key, refused_fields
 
     for name in key.split("."):
         if not isinstance(config, ConfigDict):
             raise flags.Error(f"unknown config key {key!r}")
         if name not in config:
-            if key.startswith("model_fields.") and name in DECIDED_BY_OTHER_KEYS:
-                raise flags.Error(f"model_fields cannot set {name}: other keys decide it")
+            if key.startswith("model_fields.") and (refused := refused_fields([name])):
+                raise flags.Error(refused)
             raise flags.Error(f"unknown config key {key!r}{near_key(name, list(config))}")
         config = config[name]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for train and tests.models.torch_resnet
 
-from train_step import Worker, torch_net, torch_place
+from train_step import Worker, torch_compiled, torch_net, torch_place
 
 NETS = ("resnet18", "resnet50", "resnext50_32x4d", "cifar_resnet18")
 VARIANTS = ("channels_last", "compile", "compile channels_last")
@@ -56,8 +56,7 @@ def prepare_torch(net: str, batch_size: int, variant: str) -> Callable[[int], No
     model = torch_net(net, variant).eval()
     images = torch.randn(batch_size, 3, image_size(net), image_size(net))
     images = images.to(**torch_place(variant))
-    mode = "max-autotune" if images.is_cuda else "default"  # which has CUDA graphs
-    predict = torch.compile(model, mode=mode) if "compile" in variant else model
+    predict = torch_compiled(model, variant)
 
     @torch.inference_mode()
     def run(times: int) -> None:

@@ -83,13 +83,20 @@ def torch_net(net: str, variant: str, **fields) -> Any:
     return torch_resnet.create(net, **fields).train().to(**torch_place(variant))
 
 
+def torch_compiled(model: Any, variant: str) -> Any:
+    """The model, compiled where the variant has it; on a GPU with CUDA graphs."""
+    import torch
+
+    mode = "max-autotune" if torch.cuda.is_available() else "default"
+    return torch.compile(model, mode=mode) if "compile" in variant else model
+
+
 def torch_step(model: Any, optimizer: Any, variant: str, label_smoothing: float = 0.0) -> Callable:
     """A function of images [N, C, H, W] and labels that does a step in PyTorch."""
     import torch
 
     torch.backends.cudnn.benchmark = True
-    mode = "max-autotune" if torch.cuda.is_available() else "default"
-    predict = torch.compile(model, mode=mode) if "compile" in variant else model
+    predict = torch_compiled(model, variant)
     loss_of = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
 
     def step(images, labels) -> None:

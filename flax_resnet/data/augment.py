@@ -136,7 +136,6 @@ def _hide_square(
     image: jax.Array, row: jax.Array, column: jax.Array, *, side: int, colour: jax.Array
 ) -> jax.Array:
     """An image, [H, W, C], with a square of one colour around a pixel."""
-
     first = jnp.stack([row, column]) - side // 2
     hidden = rectangle(image.shape, first, first + side)
     return jnp.where(hidden, colour.astype(image.dtype).reshape(1, 1, -1), image)

@@ -342,12 +342,7 @@ def _open_split(
     """A builder whose data is on disk, and the ranges of its splits that `split` names."""
     builder = _open(name, data_dir)
     _check_features(builder, label_key)
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        known = ", ".join(builder.info.splits)
-        reason = "" if "Unknown split" in str(error) else f" ({short_reason(error, 100)})"
-        raise InputError(f"{name} has no split {split!r}; it has: {known}{reason}") from error
+    parts = parts_of(split, builder.info.splits, name, ", ".join(builder.info.splits))
     for part in parts:
         _check_files(builder, part.splitname)
     ranges = []
@@ -358,6 +353,25 @@ def _open_split(
     if not sum(stop - start for _, start, stop in ranges):
         raise InputError(f"split {split!r} of {name} is empty")
     return builder, ranges
+
+
+def parts_of(split: str, splits: Any, name: str, known: str) -> list[Any]:
+    """The parts that a split string of TFDS names.
+
+    Args:
+      split: such as "train[:90%]+test".
+      splits: a tfds.core.SplitDict.
+      name: whose they are, for people.
+      known: those that there are, for people.
+
+    Raises:
+      InputError: if it names none.
+    """
+    try:
+        return tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        reason = "" if "Unknown split" in str(error) else f" ({short_reason(error, 100)})"
+        raise InputError(f"{name} has no split {split!r}; it has: {known}{reason}") from error
 
 
 def _open(name: str, data_dir: str) -> _Builder:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from flax_resnet.data.datasets import parts_of
 from flax_resnet.data.pictures import find_pictures
-from flax_resnet.errors import InputError, printable, short_reason
+from flax_resnet.errors import InputError, printable
 
 # Names that people give to the pictures for evaluation: of those that are there the first will do.
 _EVALUATION = ("test", "val", "valid", "validation")
@@ -63,15 +64,9 @@ class Folder:
         named = {n for n in folders if split == "all" or re.search(rf"\b{re.escape(n)}\b", split)}
         found = {name: _examples(folders[name], self.class_names) for name in named}
         infos = [tfds.core.SplitInfo(name, [len(examples)], 0) for name, examples in found.items()]
-        try:
-            splits = tfds.core.SplitDict(infos)
-            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
-        except (ValueError, KeyError, NotImplementedError) as error:
-            hint = "; of one split, use train[:90%] and train[90%:]" if not has_splits else ""
-            reason = "" if "Unknown split" in str(error) else f" ({short_reason(error, 100)})"
-            raise InputError(
-                f"{root} has no split {split!r}; it has: {', '.join(sorted(folders))}{hint}{reason}"
-            ) from error
+        hint = "; of one split, use train[:90%] and train[90%:]" if not has_splits else ""
+        known = f"{', '.join(sorted(folders))}{hint}"
+        parts = parts_of(split, tfds.core.SplitDict(infos), str(root), known)
         examples = [e for p in parts for e in found[p.splitname][slice(p.from_, p.to)]]
         if not examples:
             raise InputError(f"split {split!r} of {root} is empty")

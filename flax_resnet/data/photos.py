@@ -215,20 +215,21 @@ def find_bad(pictures: Folder) -> list[int]:
     if remembered and (bad := _remembered(remembered, len(pictures))) is not None:
         return bad
 
-    def damage(path: str) -> InputError | None:
+    def look_at(path: str) -> bool | None:
+        """None if it can be decoded; else whether that may pass."""
         try:
             with opened(path) as image:
                 upright(image)
         except InputError as error:
-            return error
+            return _may_pass(error)
         return None
 
     what = f"looking at {len(pictures)} pictures of {pictures.name}"
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        found = bar(threads.map(damage, pictures.paths), len(pictures), what, unit=" pictures")
-        errors = {i: error for i, error in enumerate(found) if error}
-    bad = list(errors)
-    if remembered and not any(map(_may_pass, errors.values())):
+        looked_at = threads.map(look_at, pictures.paths)
+        found = list(bar(looked_at, len(pictures), what, unit=" pictures"))
+    bad = [i for i, may_pass in enumerate(found) if may_pass is not None]
+    if remembered and not any(found):
         try:
             remembered.parent.mkdir(parents=True, exist_ok=True)
             remembered.write_text(json.dumps(bad))

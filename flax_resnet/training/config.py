@@ -196,7 +196,7 @@ class Config:
     on_nan: Literal["stop", "rollback"] = "stop"
 
 
-DECIDED_BY_OTHER_KEYS = {
+_DECIDED_BY_OTHER_KEYS = {
     "block",
     "num_classes",
     "dtype",
@@ -279,7 +279,7 @@ def default_config() -> ConfigDict:
     }
     model_fields = ConfigDict()
     _add_placeholders(
-        model_fields, {name: fields[name] for name in set(fields) - DECIDED_BY_OTHER_KEYS}
+        model_fields, {name: fields[name] for name in set(fields) - _DECIDED_BY_OTHER_KEYS}
     )
     config.model_fields = model_fields
     return config
@@ -418,10 +418,15 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def refused_fields(names: Iterable[str]) -> str:
+    """What to say of the fields that `model_fields` cannot set; "" if it can set all."""
+    taken = ", ".join(sorted(_DECIDED_BY_OTHER_KEYS.intersection(names)))
+    return f"model_fields cannot set {taken}: other keys decide it" if taken else ""
+
+
 def _model_problems(run: Config) -> list[str]:
-    taken = DECIDED_BY_OTHER_KEYS & set(run.model_fields)
-    if taken:
-        return [f"model_fields cannot set {', '.join(sorted(taken))}: other keys decide it"]
+    if refused := refused_fields(run.model_fields):
+        return [refused]
     for name, value in run.model_fields.items():
         numbers = value if isinstance(value, tuple | list) else [value]
         most = _MOST_BLOCKS if name == "layers" else _LARGEST_FIELD

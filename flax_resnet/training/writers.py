@@ -226,15 +226,20 @@ class ProgressBar(Writer):
     def __init__(self, plan: Plan, state: TrainState, history: History):
         self._plan, self._history = plan, history
         self._batch_size = plan.config.batch_size
+        # Of the epoch so far, of which an earlier start may have done a part.
+        self._steps = len(history.losses)
+        self._sums = np.array([sum(history.losses), sum(history.accuracies)], np.float64)
         total, done = plan.total_steps, int(state.step)
         self._progress = Progress(
             plan.num_epochs, total * self._batch_size, done * self._batch_size
         )
 
     def steps(self, history: History, metrics: Mapping[str, np.ndarray]) -> None:
-        means, images = history.means(), len(metrics["loss"]) * self._batch_size
-        epoch = len(history.records) + 1
-        self._progress.step(epoch, images, means["train_loss"], means["train_accuracy"])
+        loss, accuracy = metrics["loss"], metrics["accuracy"]
+        self._steps += len(loss)
+        self._sums += [loss.sum(dtype=np.float64), accuracy.sum(dtype=np.float64)]
+        epoch, images = len(history.records) + 1, len(loss) * self._batch_size
+        self._progress.step(epoch, images, *(self._sums / self._steps))
 
     def evaluating(self, epoch: int) -> None:
         self._progress.evaluating(epoch)
@@ -247,6 +252,7 @@ class ProgressBar(Writer):
         ]
         if record["test_loss"] is not None:
             self._progress.evaluated()
+        self._steps, self._sums = 0, np.zeros(2)
         epoch = f"epoch {record['epoch']}/{self._plan.num_epochs}"
         speed = f"{record['images_per_second']:.0f} images/s"
         say("  ".join([epoch, *splits, speed, f"{self._progress.time_left()} left"]))
