@@ -187,8 +187,8 @@ class Source:
                 "become 3"
             )
         self._repeats = (channels or depth) // depth
-        if None in size and self.can_be_streamed:
-            size = self._examples(np.array([0]), self._decoder)[0][0].shape[:2]
+        if None in size:
+            size = self._first().shape[:2]
         self.image_shape = (*size, channels or depth)
 
     def __len__(self) -> int:
@@ -220,6 +220,16 @@ class Source:
             labels,
             self.class_names,
         )
+
+    def _first(self) -> np.ndarray:
+        """The first image."""
+        if self.can_be_streamed:
+            return self._examples(np.array([0]), self._decoder)[0][0]
+        try:
+            return self._decoder(next(_records(self._builder, self._ranges[0][0])))[0]
+        except Exception as error:  # of the file readers and the decoders
+            reason = _damaged(self._builder.name, self._builder.data_path, error)
+            raise InputError(reason) from error
 
     def _load_alone(self) -> Dataset:
         """`load` of a small part of what is large, without the rest and its cache."""

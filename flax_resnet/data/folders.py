@@ -11,10 +11,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flax_resnet.data.datasets import parts_of
-from flax_resnet.data.pictures import find_pictures
+from flax_resnet.data.pictures import find_files, is_picture
 from flax_resnet.errors import InputError, printable
+from flax_resnet.progress import warn
 
-# Names that people give to the pictures for evaluation: of those that are there the first will do.
+# Names that people give to the pictures for evaluation: where one is there it goes by all of them.
 _EVALUATION = ("test", "val", "valid", "validation")
 
 
@@ -52,10 +53,10 @@ class Folder:
         if not is_folder:
             raise InputError(f"there is no folder {root}")
         folders = {f.name: f for f in _folders(root)} if has_splits else {"train": root}
-        evaluation = next((folders[name] for name in _EVALUATION if name in folders), None)
+        evaluation = [folders[name] for name in _EVALUATION if name in folders]
         for name in _EVALUATION:
-            if evaluation and name not in folders and re.search(rf"\b{name}\b", split):
-                folders[name] = evaluation
+            if len(evaluation) == 1 and re.search(rf"\b{name}\b", split):
+                folders[name] = evaluation[0]
         if not has_splits:
             _refuse_splits(root)
         self.class_names = tuple(f.name for f in _folders(folders["train"]))
@@ -107,9 +108,16 @@ def _refuse_splits(root: Path) -> None:
     for folder in folders:
         if (folder / "train").is_dir():
             raise InputError(f"{folder} has a folder train, but pictures are PATH/train/CLASS/*")
-    if folders and all(folder.name.lower() in ("train", *_EVALUATION) for folder in folders):
+    if folders and all(_is_split(folder) for folder in folders):
         names = ", ".join(folder.name for folder in folders)
         raise InputError(f"{root} has {names} for classes: call the splits train and val")
+
+
+def _is_split(folder: Path) -> bool:
+    """By its name; of names such as Training and seg_test only if it has folders, as of classes."""
+    name = folder.name.lower()
+    looks_so = any(part in name for part in ("train", "test", "val"))
+    return name in ("train", *_EVALUATION) or (looks_so and bool(_folders(folder)))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -121,19 +129,25 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _examples(folder: Path, class_names: tuple[str, ...]) -> list[tuple[str, int]]:
-    """(path, label) of all pictures of a split."""
+    """(path, label) of all pictures of a split; says which files it leaves out."""
     labels = {name: label for label, name in enumerate(class_names)}
-    examples = []
+    examples, others = [], []
     for of_class in _folders(folder):
         if of_class.name not in labels:
             raise InputError(
                 f"{printable(str(folder))} has a class that train has not: "
                 f"{printable(of_class.name)}"
             )
-        pictures = find_pictures(of_class)
+        files = find_files(of_class)
+        pictures = [file for file in files if is_picture(file)]
+        others += [file for file in files if not is_picture(file)]
         if not pictures:
             raise InputError(f"class {printable(str(of_class))} has no pictures")
         examples += [(os.fspath(picture), labels[of_class.name]) for picture in pictures]
+
+    if others:
+        endings = ", ".join(sorted({printable(file.suffix) or "none" for file in others}))
+        warn(f"{folder}: {len(others)} files are no pictures by their endings, {endings}")
 
     def key(example: tuple[str, int]) -> bytes:
         return hashlib.sha256(os.fsencode(os.path.relpath(example[0], folder))).digest()

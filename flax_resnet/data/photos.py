@@ -196,20 +196,14 @@ def find_bad(pictures: Folder) -> list[int]:
 
     Unless one cannot be read for now, of which its size and time do not tell: for permissions, or
     of a disk that is away.
-
-    Raises:
-      InputError: if a file cannot be looked at.
     """
-    try:
-        stats = [os.stat(path) for path in pictures.paths]
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    stats = [_stat(path) for path in pictures.paths]
     # Another version may read what this one cannot.
     versions = [importlib.metadata.version(name) for name in ("flax_resnet", "pillow")]
     digest = hashlib.sha256(" ".join(versions).encode())
     for path, stat in zip(pictures.paths, stats, strict=True):
         digest.update(os.fsencode(os.path.abspath(path)))
-        digest.update(f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        digest.update(f"\0{stat and (stat.st_size, stat.st_mtime_ns)}\0".encode())
     folder = cache_folder("pictures")
     remembered = folder / f"{digest.hexdigest()[:32]}.json" if folder else None
     if remembered and (bad := _remembered(remembered, len(pictures))) is not None:
@@ -236,6 +230,13 @@ def find_bad(pictures: Folder) -> list[int]:
         except OSError:
             pass  # then they are looked at again
     return bad
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:  # of a link to nothing, say
+        return None
 
 
 def _may_pass(error: InputError) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from flax_resnet.data.auto_augment import AutoAugment, auto_augment
 from flax_resnet.errors import InputError, one_line
@@ -24,6 +24,15 @@ FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
     *("TGA", "ICO", "PCX", "QOI", "SGI", "DDS"),
 )
+_TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _ATTEMPTS = 10
 _MOST_SIDES = 64  # that the longer side of a picture has of the shorter
 # Of a file: uncompressed the most pixels that Pillow takes have fewer, and bytes between them it
@@ -126,8 +135,8 @@ def _decoders() -> list[str]:
 def upright(image: Image.Image) -> Image.Image:
     """Decoded, turned as its EXIF data say, on white where it is transparent; "L" or "RGB"."""
     image.load()
-    with contextlib.suppress(Exception):  # where its metadata alone is damaged
-        image = ImageOps.exif_transpose(image)
+    if (orientation := _orientation(image)) != 1:
+        image = image.transpose(_TURNS[orientation])
     if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
         values = np.asarray(image, np.float64)
         white = 65535
@@ -138,6 +147,14 @@ def upright(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
     return _in_mode(image, "L" if image.mode in ("1", "L") else "RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of EXIF, from 1 to 8; ImageOps.exif_transpose fails where any other entry is odd."""
+    with contextlib.suppress(Exception):  # where its metadata alone is damaged
+        if (orientation := image.getexif().get(ExifTags.Base.Orientation)) in _TURNS:
+            return orientation
+    return 1
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -153,11 +170,21 @@ def _reason(error: Exception) -> str:
 
 
 def find_pictures(folder: str | Path) -> list[Path]:
-    """The pictures in a folder and below, in order, by their names' endings.
+    """Of `find_files`, those that are pictures by their names' endings."""
+    return [path for path in find_files(folder) if is_picture(path)]
 
-    Hidden files and folders are left out; links are followed, but into no folder twice.
+
+def is_picture(path: Path) -> bool:
+    """By its name's ending."""
+    return Image.registered_extensions().get(path.suffix.lower()) in FORMATS
+
+
+def find_files(folder: str | Path) -> list[Path]:
+    """The files in a folder and below, in order.
+
+    Hidden files and folders are left out; links are followed, but into no folder twice. A link to
+    nothing is one of them.
     """
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in FORMATS}
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
 
@@ -172,7 +199,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
                     continue
                 if entry.is_dir():
                     look(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():
+                elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                     found.append(Path(entry.path))
 
     try:
@@ -200,7 +227,7 @@ def frame_of(image: Image.Image) -> Frame:
     """Of a picture that `opened` gives."""
     if image.format == "TIFF":  # whose size Pillow turns before, and its metadata with the pixels
         image.load()
-    width, height = reversed(image.size) if _is_turned(image) else image.size
+    width, height = reversed(image.size) if _orientation(image) > 4 else image.size
     return Frame(width, height, image.format in ("JPEG", "MPO"))
 
 
@@ -289,13 +316,6 @@ def part(
     size = (sizing.image_size, sizing.image_size)
     image = image.resize(size, sizing.resampling, inside)
     return _pixels(auto_augment(image, random, sizing.auto_augment))
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether `upright` turns it by a quarter."""
-    with contextlib.suppress(Exception):  # where its metadata alone is damaged
-        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return False
 
 
 def random_box(

@@ -1,7 +1,8 @@
 """Preparing a data set of TFDS without TensorFlow, with a network or from files put there by hand.
 
-TFDS needs TensorFlow for two things here: to encode NumPy images, which Pillow does instead, and
-to open files. Its builders stay as they are.
+TFDS needs TensorFlow for three things here: to encode NumPy images, which Pillow does instead, to
+open files, and to convert some pictures of ImageNet, which stay as they are: Pillow reads them. Its
+builders stay as they are.
 """
 
 import contextlib
@@ -75,9 +76,9 @@ def prepare(builder: Any) -> None:
     except ImportError as error:
         needed = "TensorFlow" if error.name == "tensorflow" else error.name or short_reason(error)
         raise InputError(
-            f"TFDS needs {needed} to prepare {name}: run `tfds build {name}` where it is "
-            "installed, and name the folder by $TFDS_DATA_DIR or data_dir (train.py: "
-            "--config.data_dir=DIR)"
+            f"TFDS needs {needed} to prepare {name}: run `tfds build {name} "
+            "--file_format=array_record` where it is installed, and name the folder by "
+            "$TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
         ) from error
     except Exception as error:  # of the disk, the download, its checksum, the examples
         wrong = isinstance(error, download_manager.NonMatchingChecksumError)
@@ -124,6 +125,8 @@ def _without_tensorflow() -> Iterator[None]:
         (download.DownloadManager, "_download"),
         (download.DownloadManager, "_get_manually_downloaded_path"),
         (type(lazy), "_module"),
+        (tfds.core.utils, "jpeg_cmyk_to_rgb"),
+        (tfds.core.utils, "png_to_jpeg"),
     )
     if missing := [name for where, name in hooks if not hasattr(where, name)]:
         raise InputError(
@@ -136,6 +139,8 @@ def _without_tensorflow() -> Iterator[None]:
         stack.enter_context(mock.patch.object(download, "DownloadManager", _Downloads))
         if not importlib.util.find_spec("tensorflow"):
             stack.enter_context(mock.patch.dict(vars(lazy), {"_module": _TENSORFLOW}))
+            for name in ("jpeg_cmyk_to_rgb", "png_to_jpeg"):
+                stack.enter_context(mock.patch.object(tfds.core.utils, name, bytes))
         yield
 
 

@@ -241,15 +241,15 @@ def test_stale_cache_is_made_anew(own_digits, tmp_path):
 # Folders of TFDS.
 
 
-def as_tfrecord(folder):
-    """Rewrites the digits of a folder as TFRecord, as tfds.load would leave them."""
-    version = folder / "digits" / "1.0.0"
-    builder: Any = Digits(data_dir=str(folder))
+def as_tfrecord(folder, made_by: Any = Digits):
+    """Rewrites the data set of a folder as TFRecord, as tfds.load would leave it."""
+    builder = made_by(data_dir=str(folder))
+    version = folder / builder.name / "1.0.0"
     for split in ("train", "test"):
         source = builder.as_data_source(
             split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
         )
-        with (version / f"digits-{split}.tfrecord-00000-of-00001").open("wb") as file:
+        with (version / f"{builder.name}-{split}.tfrecord-00000-of-00001").open("wb") as file:
             writer = RecordWriter(file)
             for record in source:
                 writer.write(record)
@@ -266,6 +266,39 @@ def test_tfrecord_folder_is_read_too(own_digits, digits_dir):
         load_dataset("digits", "train", str(own_digits)),
         load_dataset("digits", "train", str(digits_dir)),
     )
+
+
+class Unsized(tfds.core.GeneratorBasedBuilder):
+    """Images of whose size its features tell nothing."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    widths = (8, 8)
+
+    def _info(self):
+        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples() for split in ("train", "test")}
+
+    def _generate_examples(self):
+        for i, width in enumerate(self.widths):
+            yield i, {"image": Image.new("RGB", (width, 6)), "label": i}
+
+
+@pytest.mark.parametrize("form", ["array_record", "tfrecord"])
+@pytest.mark.parametrize("widths", [(8, 8), (8, 9)])
+def test_data_set_that_does_not_tell_the_size_of_its_images(tmp_path, monkeypatch, form, widths):
+    monkeypatch.setattr(Unsized, "widths", widths)
+    Unsized(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+    if form == "tfrecord":
+        as_tfrecord(tmp_path, Unsized)
+    source = Source("unsized", "train", str(tmp_path))
+    if widths == (8, 8):
+        assert source.image_shape == source.load().images.shape[1:] == (6, 8, 3)
+    else:
+        with pytest.raises(InputError, match=r"unsized differ in size: .*; --config.image_size="):
+            source.load()
 
 
 @pytest.mark.parametrize("place", ["last byte", "second head", "middle"])

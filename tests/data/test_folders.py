@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -38,6 +39,33 @@ def test_split_has_the_pictures_and_labels_of_its_classes(pictures):
         names = [os.path.basename(os.path.dirname(path)) for path in folder.paths]
         assert names == [folder.class_names[label] for label in folder.labels]
         assert len(set(folder.paths)) == len(folder)
+
+
+def test_test_and_val_are_not_each_other_where_both_are_there(pictures):
+    shutil.copytree(pictures / "val", pictures / "test")
+    (pictures / "test" / "ants" / "0.jpg").unlink()
+    assert [len(Folder(str(pictures), split)) for split in ("val", "test")] == [8, 7]
+    for split in ("validation", "train+valid"):
+        with pytest.raises(InputError, match="has no split '.*'; it has: test, train, val"):
+            Folder(str(pictures), split)
+
+
+def test_files_that_are_no_pictures_by_their_endings_are_counted(pictures, capsys):
+    for name in ("new.HEIC", "other.heic", "notes"):
+        (pictures / "train" / "bees" / name).write_bytes(b"")
+    assert len(Folder(str(pictures), "train")) == 24
+    said = "3 files are no pictures by their endings, .HEIC, .heic, none"
+    assert said in capsys.readouterr().err
+
+
+def test_link_to_nothing_is_a_picture_that_cannot_be_read(pictures, user_cache, capsys):
+    (pictures / "train" / "bees" / "away.jpg").symlink_to(pictures / "not-here.jpg")
+    folder = Folder(str(pictures), "train")
+    with pytest.raises(InputError, match=r"1 pictures of 25 cannot be read: .*/bees/away.jpg"):
+        without_bad(folder, skip=False)
+    rest, left_out = without_bad(folder, skip=True)
+    assert (len(rest), left_out) == (24, 1)
+    assert rest.fingerprint()
 
 
 def test_parts_of_one_split_are_disjoint_and_mixed(pictures):
@@ -216,6 +244,21 @@ def test_splits_are_not_taken_for_classes(pictures, tmp_path, above, message):
         pictures.rename(root / "pictures")
     with pytest.raises(InputError, match=message):
         Folder(str(root), "train")
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("seg_train", "seg_test")])
+def test_splits_by_other_names_are_not_taken_for_classes(pictures, names):
+    for old, new in zip(("train", "val"), names, strict=True):
+        (pictures / old).rename(pictures / new)
+    with pytest.raises(InputError, match="for classes: call the splits train and val"):
+        Folder(str(pictures), "train")
+    assert Folder(str(pictures / names[0]), "train").class_names == ("ants", "bees")
+
+
+def test_classes_may_have_names_that_look_like_splits(pictures):
+    for old, new in (("ants", "trainers"), ("bees", "valley")):
+        (pictures / "train" / old).rename(pictures / "train" / new)
+    assert Folder(str(pictures / "train"), "train").class_names == ("trainers", "valley")
 
 
 def test_a_class_may_be_called_train(pictures):

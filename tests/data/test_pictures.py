@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -106,6 +107,29 @@ def test_turned_pictures_are_cropped_upright(orientation, kind):
         expected = turned.crop(box).resize((20, 20), Image.Resampling.BILINEAR)
         ours = read_for_training(file, Sizing(20, 23), np.random.default_rng(seed))
         np.testing.assert_array_equal(ours, expected)
+
+
+def test_pictures_are_turned_whatever_else_their_exif_data_say():
+    """Pillow's exif_transpose fails where another entry is not of the type that it has to be."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned to the right
+    odd = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # XResolution as a text
+    image = draw(60, 40)
+
+    def with_exif(count, entries):
+        exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", count) + entries + bytes(4)
+        return encoded(image, "jpeg", quality=95, exif=exif)
+
+    file = with_exif(2, entries + odd)
+    with Image.open(file) as stored, pytest.raises(Exception):  # noqa: B017, PT011
+        ImageOps.exif_transpose(stored)
+    sizing = Sizing(20, 23)
+    np.testing.assert_array_equal(
+        read_for_evaluation(file, sizing), read_for_evaluation(with_exif(1, entries), sizing)
+    )
+    np.testing.assert_array_equal(
+        read_for_training(file, sizing, np.random.default_rng(0)),
+        read_for_training(with_exif(1, entries), sizing, np.random.default_rng(0)),
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (40, 300)])
@@ -218,4 +242,4 @@ def test_pictures_of_a_folder(tmp_path):
     (tmp_path / "link.png").symlink_to(tmp_path / "b.PNG")
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
     found = [str(path.relative_to(tmp_path)) for path in find_pictures(tmp_path)]
-    assert found == sorted([*names, "link.png"])
+    assert found == sorted([*names, "link.png", "broken.png"])  # the last is told when it is opened

@@ -20,6 +20,7 @@ from tensorflow_datasets.core import download
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.core.features import image_feature
 from tensorflow_datasets.core.utils import lazy_imports_utils
+from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder as imagenet
 from tensorflow_datasets.image_classification import mnist
 
 from flax_resnet.data import Source, load_dataset, preparing
@@ -42,8 +43,8 @@ def manual(tmp_path):
     return folder
 
 
-def tar(path, files):
-    with tarfile.open(path, "w:gz") as archive:
+def tar(path, files, mode="w:gz"):
+    with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -475,8 +476,28 @@ def test_a_builder_that_needs_more_of_tensorflow(tmp_path, manual, rng, offline,
         "_extract_mnist_images",
         lambda path, count: lazy_imports_utils.tensorflow.io.parse_single_example(path, {}),
     )
-    with pytest.raises(InputError, match="TFDS needs TensorFlow to prepare mnist: run `tfds build"):
+    command = "run `tfds build mnist --file_format=array_record`"
+    with pytest.raises(InputError, match=f"TFDS needs TensorFlow to prepare mnist: {command}"):
         load_dataset("mnist", "train", str(tmp_path))
+
+
+def test_pictures_of_imagenet_that_tfds_would_convert(tmp_path, manual):
+    """In CMYK, and a PNG: they are stored as they are, and read as any other."""
+    classes, red = {}, Image.new("RGB", (24, 20), (200, 40, 40))
+    for names, mode, kind in (
+        (imagenet.CMYK_IMAGES, "CMYK", "JPEG"),
+        (imagenet.PNG_IMAGES, "RGB", "PNG"),
+    ):
+        file, name = io.BytesIO(), min(names)
+        red.convert(mode).save(file, kind)
+        path = tmp_path / f"{name.split('_')[0]}.tar"
+        tar(path, {name: file.getvalue()}, "w")
+        classes[path.name] = path.read_bytes()
+    tar(manual / "ILSVRC2012_img_train.tar", classes, "w")
+    validation = {"ILSVRC2012_val_00000001.JPEG": file.getvalue()}
+    tar(manual / "ILSVRC2012_img_val.tar", validation, "w")
+    images, _ = Source("imagenet2012", "train", str(tmp_path)).read(np.arange(2))
+    assert np.abs(images - np.float32([200, 40, 40])).max() < 4
 
 
 def test_a_tfds_that_is_built_in_another_way(tmp_path, monkeypatch):
