@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> None:
         say_why(error)
         os._exit(2)  # else JAX would tell at length of what it takes back
     try:
-        if processes > 1 and _WORKDIR.value is None:
+        if processes > 1 and not _WORKDIR.value:
             fail("several processes need a --workdir that all of them see")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # to take back what is half done
         with quietly(_QUIET.value):
@@ -131,16 +131,16 @@ def parse_flags(arguments: list[str]) -> list[str]:
         unset = take_unset(_ARGUMENTS)
         rest = flags.FLAGS(_ARGUMENTS)
         list(_CONFIG.value)  # raises if it could not be read
+        for key in unset:
+            *folder, name = key.split(".")
+            place = _CONFIG.value[folder[0]] if folder else _CONFIG.value
+            with place.unlocked():
+                place[name] = None
     except Exception as error:
         # That is the first problem alone; each --config.KEY=VALUE parsed by itself shows all.
         fail("; ".join(problems_of_overrides(_ARGUMENTS)) or describe(error))
     if len(rest) > 1:
         fail(f"what is {rest[1]!r}? Options begin with --")
-    for key in unset:
-        *folder, name = key.split(".")
-        place = _CONFIG.value[folder[0]] if folder else _CONFIG.value
-        with place.unlocked():
-            place[name] = None
     return rest
 
 
@@ -218,11 +218,15 @@ def take_unset(arguments: list[str]) -> list[str]:
 
 def problems_of_overrides(arguments: list[str]) -> list[str]:
     """What is wrong with each --config.KEY=VALUE; nothing where the recipe itself is no good."""
+    from flax_resnet.training import default_config
+
     recipe = f"--config={recipe_in(arguments)}"
     try:
         config = read_recipe([arguments[0], recipe])
     except Exception:
         return []
+    if not isinstance(config, ConfigDict) or set(default_config()) - set(config):
+        return [f"get_config() of {recipe_in(arguments)} has to return default_config(), changed"]
     problems = []
     for _, key, words in overrides_in(arguments):
         try:

@@ -27,6 +27,7 @@ from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.history import Record, check_record
 from flax_resnet.training.jsonfiles import read_json, read_text, user_path
 from flax_resnet.training.mesh import find_devices, make_mesh
+from flax_resnet.training.own import Own
 from flax_resnet.training.plan import build_model
 
 _ATTEMPTS = 3
@@ -113,6 +114,7 @@ def load_run(
 
 def open_run(workdir: str | Path, checkpoint: str | int, model: nn.Module | None = None) -> Run:
     """As `load_run`, but a run whose model is its own is opened without that too."""
+    Own(model=model)  # raises if it is none
     workdir = user_path(workdir)
     path = workdir / "config.json"
     if not os.path.isfile(path):  # False too where one may not look
@@ -194,8 +196,10 @@ def _expected(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
     """Shapes and dtypes of its variables."""
     try:
         return variable_shapes(model, image_shape)
-    except ValueError as error:
-        raise InputError(f"no run has such a model: {short_reason(error)}") from error
+    except Exception as error:  # of a model of somebody's own
+        raise InputError(
+            f"no run has such a model: {type(error).__name__}: {short_reason(error)}"
+        ) from error
 
 
 def _read_patiently(

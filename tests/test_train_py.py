@@ -170,6 +170,18 @@ def test_bad_recipe(tmp_path, content, message, command_line):
     assert message in said
 
 
+@pytest.mark.parametrize("returned", ["dict(model='cifar_resnet8')", "ConfigDict({'seed': 3})"])
+@pytest.mark.parametrize("override", ["--config.batch_size=8", "--config.model_fields.groups=None"])
+def test_keys_of_a_recipe_without_defaults(tmp_path, returned, override, command_line):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n    return {returned}\n"
+    )
+    code, _, said = command_line("--config", str(recipe), override)
+    assert code == 2
+    assert said.endswith(f"get_config() of {recipe} has to return default_config(), changed\n")
+
+
 def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
     result = run_train(
         *DIGITS,

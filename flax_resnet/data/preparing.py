@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
-from tensorflow_datasets.core import download
+from tensorflow_datasets.core import download, utils
 from tensorflow_datasets.core.download import checksums, download_manager
 from tensorflow_datasets.core.features import image_feature
 from tensorflow_datasets.core.utils import lazy_imports_utils
@@ -125,8 +125,8 @@ def _without_tensorflow() -> Iterator[None]:
         (download.DownloadManager, "_download"),
         (download.DownloadManager, "_get_manually_downloaded_path"),
         (type(lazy), "_module"),
-        (tfds.core.utils, "jpeg_cmyk_to_rgb"),
-        (tfds.core.utils, "png_to_jpeg"),
+        (utils, "jpeg_cmyk_to_rgb"),
+        (utils, "png_to_jpeg"),
     )
     if missing := [name for where, name in hooks if not hasattr(where, name)]:
         raise InputError(
@@ -140,7 +140,7 @@ def _without_tensorflow() -> Iterator[None]:
         if not importlib.util.find_spec("tensorflow"):
             stack.enter_context(mock.patch.dict(vars(lazy), {"_module": _TENSORFLOW}))
             for name in ("jpeg_cmyk_to_rgb", "png_to_jpeg"):
-                stack.enter_context(mock.patch.object(tfds.core.utils, name, bytes))
+                stack.enter_context(mock.patch.object(utils, name, bytes))
         yield
 
 

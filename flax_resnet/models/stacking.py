@@ -50,7 +50,7 @@ def unstack_blocks(tree: Any) -> Any:
       ValueError: if nothing in the tree tells how many blocks a stage has.
     """
     nodes = filter(_has_blocks, jax.tree.leaves(tree, is_leaf=_has_blocks))
-    stages = [stage for node in nodes for stage in node.items() if stage[0].endswith("_rest")]
+    stages = [stage for node in nodes for stage in node.items() if is_stacked(stage[:1])]
     # For the parts without arrays, as an optimizer's state may have them.
     lengths = {name: len(arrays[0]) for name, value in stages if (arrays := jax.tree.leaves(value))}
 
@@ -59,10 +59,10 @@ def unstack_blocks(tree: Any) -> Any:
             return node
         out = {}
         for name, value in node.items():
-            stage, _, block = name.partition("_")
-            if block != "rest":
+            if not is_stacked([name]):
                 out[name] = value
                 continue
+            stage = name.removesuffix("_rest")
             arrays = jax.tree.leaves(value)
             if not arrays and name not in lengths:
                 raise ValueError(f"nothing tells how many blocks {name} stands for")

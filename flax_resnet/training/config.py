@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
@@ -299,12 +300,14 @@ def _add_placeholders(config: ConfigDict, hints: Mapping[str, Any]) -> None:
             config[name] = config_dict.placeholder(kind)
 
 
-def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
+def check_config(config: Mapping[str, Any] | ConfigDict | Config) -> Config:
     """The run that `config` describes; keys that it lacks have their defaults.
 
     Raises:
       InputError: names every unknown key, wrong type and value out of range.
     """
+    if isinstance(config, Config):  # of an earlier run
+        config = dataclasses.asdict(config)
     if not isinstance(config, Mapping | ConfigDict):
         raise InputError(
             f"a config is what fr.default_config() gives, or a dict, not {reprlib.repr(config)}"
@@ -312,6 +315,7 @@ def check_config(config: Mapping[str, Any] | ConfigDict) -> Config:
     hints = typing.get_type_hints(Config)
     checked, problems = {}, []
     for key, value in config.items():
+        value = value.item() if isinstance(value, np.generic) else value
         if key not in hints:
             problems.append(
                 f"unknown config key {reprlib.repr(key)}{near_key(str(key), list(hints))}"

@@ -1,14 +1,17 @@
 """Several processes as one run, by `jax.distributed`."""
 
+import contextlib
 import functools
 import os
 import re
+import secrets
 import signal
 import socket
 import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,6 +23,7 @@ from flax_resnet.errors import InputError, short_reason
 
 _SECONDS_TO_MEET = 120
 _SECONDS_TO_PART = 30  # of one whose run has failed, and the others wait for it in a step
+_SECONDS_TO_SEE = 60  # what another host has written to a disk of the network
 _MILLISECONDS_TO_WAIT = 24 * 3600 * 1000  # for a data set to be downloaded and prepared
 
 T = TypeVar("T")
@@ -188,6 +192,40 @@ def wait_for_all(name: str) -> None:
     Only processes wait here, not their devices: those give up after seconds.
     """
     ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=_MILLISECONDS_TO_WAIT)
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses a folder that is not the same on all hosts.
+
+    Orbax would wait without end where one does not find what another has written.
+
+    Raises:
+      InputError: on all hosts.
+    """
+    if jax.process_count() == 1:
+        return
+    number = np.int32(secrets.randbits(31))
+    number = int(multihost_utils.broadcast_one_to_all(number))  # the first host's
+    mark = folder / f".shared-{number}"
+    if jax.process_index() == 0:
+        mark.touch()
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    while not (seen := _is_in(mark.name, folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    wait_for_all(mark.name)
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not _of_all(seen).all():
+        raise InputError(
+            f"not all hosts see the same workdir {folder}: give one on a disk that they share"
+        )
+
+
+def _is_in(name: str, folder: Path) -> bool:
+    # A network's disk looks again when it lists a folder, and not when it is asked for a file.
+    with contextlib.suppress(OSError):
+        return name in os.listdir(folder)
+    return False
 
 
 def on_first_host(function: Callable[..., None], *arguments: Any, **options: Any) -> None:

@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from flax_resnet.data import Dataset, Examples
 from flax_resnet.errors import InputError, memory_errors
-from flax_resnet.models import stack_blocks, unstack_blocks
+from flax_resnet.models import stack_blocks
 from flax_resnet.progress import say, warn
 from flax_resnet.training import checkpoint_files, files, hosts, programs, writers
 from flax_resnet.training.checkpoint import Checkpoints
-from flax_resnet.training.config import check_config
+from flax_resnet.training.config import Config, check_config
 from flax_resnet.training.feeds import open_feed
 from flax_resnet.training.history import History
 from flax_resnet.training.initial import start_from
@@ -39,7 +39,7 @@ _LESS_MEMORY = (
 
 
 def train(
-    config: Mapping[str, Any] | ConfigDict,
+    config: Mapping[str, Any] | ConfigDict | Config,
     workdir: str | Path,
     *,
     model: nn.Module | None = None,
@@ -66,7 +66,7 @@ def train(
 
     Args:
       config: keys of `Config`, e.g. from `default_config`; those that it lacks have
-        their defaults.
+        their defaults. Or the `config` of an earlier run, see `load_run`.
       workdir: folder of the run, made if need be.
       model: called as model(x, train=...) with images, float32 [N, H, W, C], and giving logits
         [N, K]. What it keeps beside params are "batch_stats"; its random key is "dropout".
@@ -96,6 +96,7 @@ def train(
     try:
         with memory_errors(_LESS_MEMORY), contextlib.ExitStack() as stack:
             hosts.on_first_host(_claim, plan, stack)
+            hosts.check_shared(plan.workdir)
             checkpoints = stack.enter_context(
                 contextlib.closing(Checkpoints(plan.workdir, plan.config))
             )
@@ -203,4 +204,4 @@ def _train_on(
         stack.enter_context(signals)
         state = programs.place(state, feed.formats)
         loop = Loop(plan, feed, checkpoints, signals, profiler, opened, state, history)
-        return unstack_blocks(loop.run())
+        return plan.unstacked(loop.run())

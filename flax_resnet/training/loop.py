@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from flax_resnet.errors import InputError
-from flax_resnet.models import unstack_blocks
 from flax_resnet.progress import warn
 from flax_resnet.training import programs
 from flax_resnet.training.checkpoint import Checkpoints
@@ -203,7 +202,7 @@ class Loop:
         """Writes a checkpoint, if it is a good one to go back to."""
         if not programs.is_finite(self.state):
             raise self._not_finite("state is not finite", self._step)
-        self.checkpoints.save(unstack_blocks(self.state), self.history)
+        self.checkpoints.save(self.plan.unstacked(self.state), self.history)
 
     def _check_finite(self, metrics: Metrics, first: int) -> None:
         loss, norm = metrics["loss"], metrics["gradient_norm"]

@@ -135,7 +135,8 @@ def without_frozen(
 
 def _muon_or_adamw(path, leaf):
     names = [key.key for key in path]
-    return "muon" if leaf.ndim - is_stacked(names) > 3 else "adamw"
+    is_convolution = names[-1] == "kernel" and leaf.ndim - is_stacked(names) > 3
+    return "muon" if is_convolution else "adamw"
 
 
 def _as_matrices(kernels):

@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from flax_resnet.errors import InputError, short_reason
-from flax_resnet.models import ResNet, create_model, native, stack_blocks
+from flax_resnet.models import ResNet, create_model, native, stack_blocks, unstack_blocks
 from flax_resnet.models.registry import Model
 from flax_resnet.models.shapes import variable_shapes
 from flax_resnet.training import files, hosts
@@ -32,7 +32,15 @@ from flax_resnet.training.optimizer import (
     without_frozen,
 )
 from flax_resnet.training.own import Augment, Own, check_keys
-from flax_resnet.training.steps import Loss, apply_in_training, cross_entropy
+from flax_resnet.training.steps import (
+    Batch,
+    Loss,
+    TrainState,
+    apply_in_training,
+    create_state,
+    cross_entropy,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class Plan:
     @property
     def scans_blocks(self) -> bool:
         return isinstance(self.model, ResNet) and self.model.scan_blocks
+
+    def unstacked(self, state: TrainState) -> TrainState:
+        """A state of the loop as checkpoints have it: each block by itself."""
+        return unstack_blocks(state) if self.scans_blocks else state
 
     def learning_rate_of(self, step: int) -> float | None:
         """Of a step, counted from 0."""
@@ -268,6 +280,26 @@ def _check_shapes(plan: Plan) -> None:
                 f"loss gives {_words(losses)} for {size} examples, not one number for each, "
                 f"[{size}]"
             )
+    if brought := [name for name in ("model", "loss") if name in plan.brought]:
+        labels = jax.ShapeDtypeStruct((size,), jnp.int32)
+        floats = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+        batch = {"image": floats, "label": labels}
+        _attempt(" and ".join(brought), jax.eval_shape, partial(_one_step, plan), batch)
+
+
+def _one_step(plan: Plan, batch: Batch) -> Any:
+    """With the gradients, which `_logits` lacks."""
+    shape = plan.data.train.image_shape
+    state = create_state(plan.model, plan.optimizer, jax.random.key(0), shape)
+    return train_step(
+        stack_blocks(state) if plan.scans_blocks else state,
+        batch,
+        model=plan.model,
+        optimizer=plan.optimizer,
+        loss=plan.loss,
+        dropout_key=jax.random.key(0),
+        frozen=plan.config.freeze,
+    )
 
 
 def _logits(model: nn.Module, train: bool, variables: Any, images: jax.Array) -> Any:

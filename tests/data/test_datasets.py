@@ -275,7 +275,10 @@ class Unsized(tfds.core.GeneratorBasedBuilder):
     widths = (8, 8)
 
     def _info(self):
-        features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=2)}
+        features = {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):

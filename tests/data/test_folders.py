@@ -46,7 +46,7 @@ def test_test_and_val_are_not_each_other_where_both_are_there(pictures):
     (pictures / "test" / "ants" / "0.jpg").unlink()
     assert [len(Folder(str(pictures), split)) for split in ("val", "test")] == [8, 7]
     for split in ("validation", "train+valid"):
-        with pytest.raises(InputError, match="has no split '.*'; it has: test, train, val"):
+        with pytest.raises(InputError, match=r"has no split '.*'; it has: test, train, val"):
             Folder(str(pictures), split)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,12 @@ def test_bad_value(key, value, message):
     config[key] = value
     with pytest.raises(fr.InputError, match=message.replace("|", r"\|").replace("?", r"\?")):
         check_config(config)
+
+
+def test_config_that_is_checked_may_be_checked_again():
+    config = check_config({"seed": np.int64(3), "momentum": np.float32(0.5), "nesterov": False})
+    assert (type(config.seed), config.momentum) == (int, 0.5)
+    assert check_config(config) == config
 
 
 def test_fields_of_a_model_that_no_file_can_hold():

@@ -109,6 +109,36 @@ def assert_same_losses(together, alone):
         assert correct == pytest.approx(round(correct))
 
 
+@pytest.mark.slow
+def test_a_folder_that_the_hosts_do_not_share(digits_dir, tmp_path):
+    script = """
+        import runpy, sys
+        from flax_resnet.training import hosts
+
+        hosts._SECONDS_TO_SEE = 1
+        sys.argv = sys.argv[1:]
+        runpy.run_path("train.py", run_name="__main__")
+    """
+    meet = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-c", textwrap.dedent(script), "train.py", *RUN, *meet),
+                *(f"--process_id={i}", f"--workdir={tmp_path / str(i)}"),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"TFDS_DATA_DIR": str(digits_dir)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all("not all hosts see the same workdir" in text for text in said)
+    assert not (tmp_path / "1").exists()
+
+
 def no_host(name, *arguments, **options):
     raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 

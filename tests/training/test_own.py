@@ -428,6 +428,19 @@ class LateNorm(CNN):
         return nn.Dense(3)(x.mean((1, 2)))
 
 
+class Boxed(CNN):
+    @nn.compact
+    def __call__(self, x, train):
+        ones = nn.with_partitioning(nn.initializers.ones, ("features", None))
+        return nn.Dense(3, kernel_init=ones)(x.mean((1, 2)))
+
+
+def looping_loss(logits, labels):
+    """Which can be computed, but has no gradient."""
+    losses = focal_loss(logits, labels)
+    return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x + 1, losses)
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -444,6 +457,8 @@ class LateNorm(CNN):
         ({"model": Noisy()}, "Noisy in training cannot be used: InvalidRngError: .*noise"),
         ({"model": Auxiliary()}, "Auxiliary in training gives a tuple, not an array"),
         ({"model": LateNorm()}, "LateNorm in training cannot be used: .*BatchNorm"),
+        ({"model": Boxed()}, "model cannot be used: TypeError: .*Partitioned"),
+        ({"loss": looping_loss}, "loss cannot be used: ValueError: Reverse-mode"),
         ({"loss": 3}, "loss is a function, not a int"),
         (
             {"loss": lambda *a: focal_loss(*a).mean()},
@@ -655,8 +670,30 @@ def test_run_is_opened_and_evaluated_with_its_model(own_run):
     assert result.correct.mean() == pytest.approx(read_metrics(folder)[-1]["test_accuracy"])
     with pytest.raises(fr.InputError, match="data of its own, Dataset, Dataset"):
         evaluate.open_test_set(run)
-    with pytest.raises(fr.InputError, match="is of another model"):
-        fr.load_run(folder, model=CNN(features=5))
+    model: Any
+    for model, message in (
+        (CNN(features=5), "is of another model"),
+        (CNN, "model is a flax.linen.Module, not a type"),
+        (WithoutTrain(), "no run has such a model: TypeError: .*'train'"),
+    ):
+        with pytest.raises(fr.InputError, match=message):
+            fr.load_run(folder, model=model)
+
+
+class Named(nn.Module):
+    """Whose layers have names that stacked blocks of ours have too."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3), name="layer1_0")(x).mean((1, 2))
+        return nn.Dense(3, name="layer2_rest")(nn.Dense(8, name="head_rest")(x))
+
+
+def test_layers_of_ones_own_may_have_our_names(tmp_path):
+    state = fr.train(CONFIG, tmp_path, model=Named(), data=DATA)
+    run = fr.load_run(tmp_path, "newest", model=Named())
+    chex.assert_trees_all_equal(run.variables["params"], jax.device_get(state.params))
+    assert int(fr.train(run.config, tmp_path, model=Named(), data=DATA).step) == int(state.step)
 
 
 def test_run_by_name_takes_no_model(finished):

@@ -378,6 +378,15 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(stopped, damage):
     assert (stopped / "damaged" / str(steps[-1])).is_dir()
 
 
+def test_checkpoint_with_more_files_is_not_damaged(stopped, config, finished):
+    for folder in ("", "state", "run"):
+        (stopped / "checkpoints" / "11" / folder / ".DS_Store").write_bytes(b"Bud1")
+    (stopped / "checkpoints" / ".DS_Store").write_bytes(b"Bud1")
+    assert fr.load_run(stopped, "newest").step == 11
+    assert_same_run(fr.train(config, stopped), stopped, finished)
+    assert not (stopped / "damaged").exists()
+
+
 def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(stopped, monkeypatch):
     def fail(_):
         raise PermissionError("permission denied")
