@@ -111,13 +111,16 @@ def make_page(run: Run, examples: list[str]) -> Any:
     """The page, a `gradio.Interface`.
 
     Raises:
-      InputError: if gradio is not installed.
+      InputError: if gradio is not installed, or too old.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is told to anybody
     try:
         import gradio  # pyright: ignore[reportMissingImports]
+
+        if int(gradio.__version__.partition(".")[0]) < 6:
+            raise ImportError(gradio.__version__)
     except ImportError as error:
-        raise InputError("the page needs gradio: pip install gradio") from error
+        raise InputError("the page needs gradio 6 or newer: pip install -U gradio") from error
     answer = make_answer(run)
 
     def shown(path: str | None) -> Any:

@@ -33,10 +33,12 @@ from flax_resnet.data import (
     stream,
 )
 from flax_resnet.errors import InputError, printable
-from flax_resnet.progress import bar
+from flax_resnet.progress import bar, warn
 from flax_resnet.runs import Run, load_run, make_classifier
+from flax_resnet.training.config import FOLDER
 from flax_resnet.training.data import Split, open_own, open_split
 from flax_resnet.training.hardware import host_memory
+from flax_resnet.training.jsonfiles import read_json
 
 # A split that takes more bytes is streamed, where its files allow that.
 _LARGE = 2**30
@@ -106,8 +108,11 @@ def open_test_set(
             "in Python call flax_resnet.evaluate.evaluate(run, test)"
         )
     else:
-        name = config.dataset
-        data, _ = open_split(config, config.eval_split, data_dir=data_dir)
+        name = _dataset(run, data_dir)
+        data, facts = open_split(config, config.eval_split, data_dir=data_dir)
+        before = read_json(run.workdir / "dataset.json").get("test")
+        if facts and before and facts != before:
+            warn(f"the pictures of {name} are not all the same as in training")
     if not (isinstance(data, Dataset) or (data.can_be_streamed and data.nbytes > _LARGE)):
         data = data.load()
     trained_for = f"than the run in {run.workdir} was trained for"
@@ -236,12 +241,18 @@ def _main(options: argparse.Namespace) -> int:
     summary = {
         "workdir": str(run.workdir),
         "checkpoint": run.step,
-        "dataset": run.config.dataset,
+        "dataset": _dataset(run, options.data_dir),
         "split": run.config.eval_split,
         "tta": options.tta,
     } | summarize(run, evaluation)
     print(json.dumps(summary, indent=2) if options.json else _table(summary))
     return 0
+
+
+def _dataset(run: Run, data_dir: str | None) -> str:
+    """Its name; of pictures the folder that is read."""
+    name = run.config.dataset
+    return f"{FOLDER}{data_dir}" if data_dir and name.startswith(FOLDER) else name
 
 
 def _table(summary: dict[str, Any]) -> str:

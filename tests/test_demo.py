@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,11 +40,12 @@ def test_examples_that_cannot_be_read(finished, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("there are no examples: ")
 
 
-def test_without_gradio(finished, monkeypatch, call):
-    monkeypatch.setitem(sys.modules, "gradio", None)
+@pytest.mark.parametrize("gradio", [None, SimpleNamespace(__version__="5.49.1")])
+def test_without_a_gradio_that_will_do(finished, monkeypatch, call, gradio):
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
     code, out, err = call(demo, "--quiet", "--workdir", finished[0])
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "pip install gradio" in err
+    assert "the page needs gradio 6 or newer: pip install -U gradio" in err
 
 
 def test_page(finished):

@@ -98,6 +98,23 @@ def test_receptive_fields_follow_the_formula(block, shortcut):
     assert stages[2].shape == (6, 6, 16 * block.expansion)
 
 
+def test_receptive_fields_of_many_blocks():
+    """Of ResNet-152's: paths through fifty blocks may not vanish."""
+    layers = (3, 8, 36, 3)
+    model = tiny(
+        fr.Bottleneck, layers, widths=(4,) * 4, strides=(1, 2, 2, 2), shortcut="projection"
+    )
+    field, stride, expected = 3, 1, [3]
+    for stage, count in enumerate(layers):
+        for block in range(count):
+            field += 2 * stride  # of the one 3x3 convolution
+            stride *= 2 if stage and not block else 1
+        expected.append(field)
+    assert [stage.field for stage in measure.stages(model, (16, 16, 3))] == expected
+    with pytest.raises(ValueError, match="of 123 convolutions of more than 1x1 are lost"):
+        measure.stages(tiny(fr.BasicBlock, (31, 30)), (16, 16, 3))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

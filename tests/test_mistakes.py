@@ -184,6 +184,17 @@ MISTAKES = {
         lambda: fr.cifar_resnet8(dtype=None).init(KEY, X, train=False),  # pyright: ignore[reportArgumentType]
         "dtype is a float type such as jnp.bfloat16, not None",
     ),
+    "a frozen name of Flax, without a classifier": (
+        lambda: fr.cifar_resnet8(num_classes=0, frozen=("fc", "layer1_0")).init(
+            KEY, X, train=False
+        ),
+        "frozen: nothing in the model is called 'layer1_0': did you mean layer1.0, layer1?",
+    ),
+    "a normalisation of Flax": (
+        lambda: MODEL.clone(block=fr.PreActBasicBlock, norm=nn.LayerNorm).init(KEY, X, train=False),
+        "norm is called with train first, which LayerNorm takes for something else: give it a "
+        "function, def norm(train, *, dtype, name, zero_init=False)",
+    ),
     "a frozen name of Flax": (
         lambda: MODEL.clone(frozen=("layer1_0",)).apply(VARIABLES, X, train=False),
         "frozen: nothing in the model is called 'layer1_0': did you mean layer1.0, layer1?",

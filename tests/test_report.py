@@ -332,6 +332,12 @@ def test_large_pictures_are_jpeg(rng):
     assert "png" in pictures.data_url(rng.integers(0, 256, (9, 9, 5), dtype=np.uint8))
 
 
+def test_folder_that_is_not_there_is_told_at_once(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("flax_resnet.report.describe", None)
+    with pytest.raises(fr.InputError, match=r"there is no folder .*/new: name another --output"):
+        report.write_report([finished[0]], tmp_path / "new" / "x.html")
+
+
 def test_without_data_the_rest_is_shown(run_copy, monkeypatch):
     def no_data(*_):
         raise fr.InputError("no data and no network")

@@ -21,7 +21,7 @@ from PIL import Image
 from tensorflow_datasets.core import naming
 
 from flax_resnet.data.builders import Digits
-from flax_resnet.data.preparing import prepare
+from flax_resnet.data.preparing import BY_WHAT, prepare
 from flax_resnet.errors import InputError, short_reason
 from flax_resnet.models.caches import cache_folder
 from flax_resnet.progress import bar
@@ -338,7 +338,7 @@ def _data_folder(data_dir: str | None) -> str:
     """
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     expanded = os.path.expanduser(folder)
-    say_it = "name another by $TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
+    say_it = f"name another by {BY_WHAT}"
     if expanded.startswith("~"):
         raise InputError(f"there is no home folder for {short_reason(folder)}: {say_it}")
     if "://" in expanded or "\0" in expanded:

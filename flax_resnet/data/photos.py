@@ -270,7 +270,7 @@ def without_bad(pictures: Folder, *, skip: bool) -> tuple[Folder, int]:
     if not skip or len(bad) == len(pictures):
         raise InputError(
             f"{len(bad)} pictures of {len(pictures)} cannot be read: {named}{more}; "
-            "--config.bad_images=skip leaves them out"
+            "take them out of the folder, or train with --config.bad_images=skip"
         )
     warn(f"left out as they cannot be read: {named}{more}")
     rest = pictures.without(bad)

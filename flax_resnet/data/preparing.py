@@ -39,6 +39,9 @@ from flax_resnet.progress import say, shows_bars, warn
 # How long a server may take to answer before there is no network.
 _SECONDS_TO_ANSWER = 8.0
 
+# How people name a data folder, in Python and on the command line.
+BY_WHAT = "$TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR, others: --data_dir=DIR)"
+
 # Of the files that are missing, so many are named.
 _FILES_NAMED = 5
 
@@ -78,7 +81,7 @@ def prepare(builder: Any) -> None:
         raise InputError(
             f"TFDS needs {needed} to prepare {name}: run `tfds build {name} "
             "--file_format=array_record` where it is installed, and name the folder by "
-            "$TFDS_DATA_DIR or data_dir (train.py: --config.data_dir=DIR)"
+            f"{BY_WHAT}"
         ) from error
     except Exception as error:  # of the disk, the download, its checksum, the examples
         wrong = isinstance(error, download_manager.NonMatchingChecksumError)
@@ -288,9 +291,8 @@ class _MissingFilesError(Exception):
             put = f"put into {manual} {', '.join(files[:_FILES_NAMED])}{more}"
         return (
             f"no data and no network: {self._name} is not in {self._folder}, and {what}. Either "
-            "name a folder that has it by $TFDS_DATA_DIR or data_dir (train.py: "
-            f"--config.data_dir=DIR), or {put}, or train on data that needs no download with "
-            "--config configs/digits_resnet8.py"
+            f"name a folder that has it by {BY_WHAT}, or {put}, or train on data that needs no "
+            "download with --config configs/digits_resnet8.py"
         )
 
 

@@ -282,9 +282,11 @@ def read_curves(options: argparse.Namespace, _: Any) -> dict[str, Any] | None:
                 f"training loss {last['train_loss']:.4f}, test accuracy {last['test_accuracy']:.2%}"
             )
         return {name: found[name] for name in figures.CURVES}
-    print(f"curves: not measured yet: {', '.join(missing)}. These commands make them:")
+    print(f"curves: no metrics of {', '.join(missing)}, which lie in docs/results of the project.")
+    print("These commands make others:")
     for name in missing:
-        print(f"  python train.py --config {_RECIPE} --config.model={name} --workdir runs/{name}")
+        keys = f"--config.model={name} --config.num_steps=7800"
+        print(f"  python train.py --config {_RECIPE} {keys} --workdir runs/{name}")
     print("and --metrics takes their folders.")
     return None
 
@@ -297,9 +299,10 @@ def read_metrics(path: Path) -> tuple[str, list[dict[str, float]]]:
     """
     file, name = path, path.stem
     try:
-        if path.is_dir():
-            file = path / "metrics.jsonl"
-            name = json.loads((path / "config.json").read_text())["model"]
+        if path.is_dir() or path.name == "metrics.jsonl":
+            folder = path if path.is_dir() else path.parent
+            file = folder / "metrics.jsonl"
+            name = json.loads((folder / "config.json").read_text())["model"]
         keys = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
         records = [json.loads(line) for line in file.read_text().splitlines()]
         evaluated = [record for record in records if record["test_accuracy"] is not None]

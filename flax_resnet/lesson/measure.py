@@ -16,6 +16,9 @@ from flax_resnet.models.layers import BatchNorm
 from flax_resnet.training import TrainState, train_step
 from flax_resnet.training.steps import split_layers
 
+# Larger than 1x1, of which each halves the path to the farthest pixel of a field.
+_MOST_KERNELS = 120
+
 DEPTHS = {20: cifar_resnet20, 56: cifar_resnet56, 110: cifar_resnet110}
 KINDS = {"plain": "none", "residual": "identity"}  # the field `shortcut` of each
 
@@ -185,7 +188,8 @@ def stages(model: ResNet, image_shape: Sequence[int]) -> list[Stage]:
     Raises:
       ValueError: for a net with a max-pool, which has a gradient by one pixel of its window
         alone, for one whose blocks start as the identity, for one whose units see the whole
-        image, by GroupNorm or an attention, and for one whose kernels are standardised.
+        image, by GroupNorm or an attention, for one whose kernels are standardised, and for one
+        of more than 120 convolutions larger than 1x1.
     """
     if not model.cifar_stem or model.zero_init_residual:
         raise ValueError("receptive fields need cifar_stem=True and zero_init_residual=False")
@@ -212,12 +216,19 @@ def _fields(
 ) -> list[tuple[int, int, int]]:
     """Start and stop of the receptive field of the middle unit of each stage, and its stride."""
     variables = initial_variables(model, 0, row_shape)
-    # Half of a mean over channels: in float32 no path of 110 layers vanishes, and no sum of all
-    # paths overflows.
-    params = path_aware_map(
-        lambda path, x: jnp.full_like(x, 0.5 / x.shape[-2]) if path[-1] == "kernel" else x,
-        variables["params"],
-    )
+    kernels = [x for x in jax.tree.leaves(variables["params"]) if x.ndim == 4 and x.shape[0] > 1]
+    if len(kernels) > _MOST_KERNELS:
+        raise ValueError(
+            f"receptive fields of {len(kernels)} convolutions of more than 1x1 are lost in "
+            f"float32, which has room for {_MOST_KERNELS}"
+        )
+
+    def mean(path, x):
+        """Over channels; of larger kernels half of it, lest the sum of all paths overflows."""
+        share = 0.5 if x.shape[0] > 1 else 1.0
+        return jnp.full_like(x, share / x.shape[-2]) if path[-1] == "kernel" else x
+
+    params = path_aware_map(mean, variables["params"])
 
     def middle_units(row):
         outputs: Any = model.apply(

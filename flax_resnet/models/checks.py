@@ -88,10 +88,13 @@ def _check_fields(model: Any) -> None:
 
 def _check_frozen(model: Any) -> None:
     """Raises ValueError for names of nothing, once the model has its variables."""
-    if not model.frozen or not model.num_classes:  # whose name may be among them all the same
+    if not model.frozen:
         return
     trees = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
-    for name, hint in unmatched(model.frozen, flatten_dict(trees)):
+    paths: list[Any] = list(flatten_dict(trees))
+    if not model.num_classes:  # names of the classifier may be there all the same
+        paths += [("params", name, array) for name in _LAST for array in ("kernel", "bias")]
+    for name, hint in unmatched(model.frozen, paths):
         raise ValueError(f"frozen: nothing in the model is called {name!r}: {hint}")
 
 

@@ -8,6 +8,7 @@ Images are float [N, H, W, C]. Parameters and BatchNorm statistics are float32;
 `dtype` is that of the computation.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -599,6 +600,12 @@ class ResNet(nn.Module):
             raise ValueError(f"output_stride is one of {strides}, not {self.output_stride}")
         if not callable(self.norm) and self.norm not in ("batch", "group"):
             raise ValueError(f"norm is 'batch', 'group' or makes a module, not {self.norm!r}")
+        maker = getattr(self.norm, "func", self.norm)  # of a partial
+        if isinstance(maker, type) and next(iter(inspect.signature(maker).parameters)) != "train":
+            raise ValueError(
+                f"norm is called with train first, which {maker.__name__} takes for something "
+                "else: give it a function, def norm(train, *, dtype, name, zero_init=False)"
+            )
         if self.norm != "batch" and self.bn_splits != 1:
             raise ValueError(f"bn_splits={self.bn_splits} is for norm='batch'")
         if callable(self.norm) and self.frozen:

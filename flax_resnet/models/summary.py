@@ -6,6 +6,7 @@ convolutions in convolution.cc.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,8 +73,9 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
     """Layers of a model with their output shapes, parameters and multiply-adds.
 
     A layer with a kernel takes kernel.size multiply-adds for each position of its output,
-    whether it is a convolution, a grouped one or a matrix product. Nothing is computed: the
-    model is only traced.
+    whether it is a convolution, a grouped one or a matrix product; a transposed convolution for
+    each of its input. A layer that is called twice has its parameters once. Nothing is
+    computed: the model is only traced.
 
     Args:
       model: takes images [N, H, W, C] and `train`.
@@ -87,6 +89,7 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
     check_model(model, "fr.summary(model, 224)")
     height, width = _both_sides(image_size)
     layers: list[Layer] = []
+    counted: set[tuple[str, ...]] = set()
 
     def record(next_call, args, kwargs, context: nn.module.InterceptorContext) -> Any:
         if context.method_name != "__call__":
@@ -96,13 +99,17 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
         variables = context.module.variables.get("params", {})
         own = {name: v for name, v in variables.items() if hasattr(v, "shape")}
         if own:
-            kernel = own.get("kernel")
+            kernel, path = own.get("kernel"), context.module.path
             shape = getattr(output, "shape", ())  # one's own module may give several arrays
+            is_new = path not in counted
+            counted.add(path)
             layer = Layer(
-                name="/".join(context.module.path),
+                name="/".join(path),
                 output_shape=shape[1:],
-                parameters=sum(v.size for v in own.values()),
-                multiply_adds=0 if kernel is None else math.prod(shape[:-1]) * kernel.size,
+                parameters=sum(v.size for v in own.values()) if is_new else 0,
+                multiply_adds=0
+                if kernel is None
+                else kernel.size * _positions(context.module, shape, args),
             )
             layers.insert(place, layer)
         return output
@@ -111,6 +118,15 @@ def summary(model: nn.Module, image_size: int | tuple[int, int], channels: int =
         # init, and not apply, since `scan_blocks` runs one block for all there.
         variable_shapes(model, (height, width, channels))
     return Summary(tuple(layers))
+
+
+def _positions(layer: nn.Module, output_shape: tuple[int, ...], args: Sequence[Any]) -> int:
+    """How often a layer uses its kernel."""
+    if isinstance(layer, nn.ConvTranspose):
+        return math.prod(args[0].shape[:-1])
+    features = layer.features if isinstance(layer, nn.DenseGeneral) else 1
+    axes = len(features) if isinstance(features, Sequence) else 1
+    return math.prod(output_shape[:-axes])
 
 
 def _both_sides(size: Any) -> tuple[int, int]:

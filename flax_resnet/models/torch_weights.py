@@ -26,9 +26,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_resnet.models.checks import check_model, check_variables, some
 from flax_resnet.models.dialects import in_our_names, torch_name, without_counters
-from flax_resnet.models.shapes import variable_shapes
+from flax_resnet.models.shapes import ENOUGH, variable_shapes
 from flax_resnet.models.stacking import is_stacked
-from flax_resnet.models.weight_files import read_as_written
+from flax_resnet.models.weight_files import inner_state_dict, read_as_written
 
 _FIRST_CONVOLUTIONS = ("conv1.weight", "conv1.0.weight", "features.0.weight")
 
@@ -41,9 +41,10 @@ def from_torch(
     Args:
       model: a `ResNet`, `ResNet9`, `VGG` or a block.
       state_dict: what `state_dict()` of its PyTorch twin returns, of any number of input
-        channels; values are tensors or arrays. num_batches_tracked is left out. Names that the
-        model has not are brought to ours, as far as they are known: see `dialects.py`. Or the
-        path or Hub id of one, see `read_state_dict`.
+        channels, or a larger dict in which it lies as `state_dict`, `model`, ...; values are
+        tensors or arrays. num_batches_tracked is left out. Names that the model has not are
+        brought to ours, as far as they are known: see `dialects.py`. Or the path or Hub id of
+        one, see `read_state_dict`.
 
     Returns:
       {"params": ..., "batch_stats": ...}, float32 copies; without BatchNorm only "params".
@@ -68,13 +69,14 @@ def from_torch(
         )
     if "params" in state_dict:
         raise ValueError("these are the variables of a Flax model already, and no state_dict")
+    inner = inner_state_dict(state_dict, what)
     try:
-        arrays = {n: _to_numpy(n, value) for n, value in without_counters(state_dict).items()}
+        arrays = {n: _to_numpy(n, value) for n, value in without_counters(inner).items()}
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     translated = in_our_names(arrays)
     channels = input_channels(translated) or 3
-    shapes: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, (64, 64, channels)))
+    shapes: dict[tuple[str, ...], Any] = flatten_dict(variable_shapes(model, (*ENOUGH, channels)))
     paths = sorted(shapes, key=lambda path: path[0], reverse=True)  # the parameters first
     expected = {torch_name(path): path for path in paths}
     if not expected.keys() <= arrays.keys():
@@ -162,7 +164,7 @@ def to_checked_arrays(model: nn.Module, variables: Mapping[str, Any]) -> dict[st
     arrays = to_arrays(variables)
     shapes: Any = {}
     with contextlib.suppress(Exception):  # of one's own model, which wants other images
-        shapes = variable_shapes(model, (64, 64, input_channels(arrays) or 3))
+        shapes = variable_shapes(model, (*ENOUGH, input_channels(arrays) or 3))
     if "batch_stats" in shapes and not variables.get("batch_stats"):
         raise ValueError(
             'without "batch_stats" the statistics of BatchNorm are lost: write '
@@ -230,5 +232,5 @@ def _to_numpy(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind in "cOUSmM":
         kind = type(value).__name__ if array.dtype.kind == "O" else array.dtype
-        raise ValueError(f"{name} is of real numbers, not {kind}")
+        raise ValueError(f"{name} is not of real numbers, but {kind}")
     return array

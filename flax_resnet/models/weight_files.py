@@ -148,15 +148,8 @@ def _harmless() -> list[Any]:
 
 
 def _unwrap(path: Path, content: Any) -> dict[str, Any]:
-    """The state_dict in what a training script has saved."""
-    wrapped = content if isinstance(content, Mapping) else {}
-    found = [name for name in _WRAPPERS if isinstance(wrapped.get(name), Mapping)]
-    if found:
-        if len(found) > 1:
-            logging.getLogger(__name__).warning(
-                "%s holds %s: %s is taken", path, " and ".join(found), found[0]
-            )
-        content = wrapped[found[0]]
+    """The state_dict, which has to be one, in what a training script has saved."""
+    content = inner_state_dict(content, path)
     no_state_dict = f"{path} holds no state_dict, which is a dict of tensors, but"
     if not isinstance(content, Mapping):
         raise ValueError(f"{no_state_dict} {type(content).__name__}")
@@ -169,6 +162,17 @@ def _unwrap(path: Path, content: Any) -> dict[str, Any]:
         others = some(name for name in content if name not in tensors)
         raise ValueError(f"{no_state_dict} a dict of {'tensors and ' * bool(tensors)}{others}")
     return tensors
+
+
+def inner_state_dict(content: Any, whose: str | os.PathLike[str]) -> Any:
+    """What lies in a larger dict as `state_dict`, `model`, ...; else the content itself."""
+    wrapped = content if isinstance(content, Mapping) else {}
+    found = [name for name in _WRAPPERS if isinstance(wrapped.get(name), Mapping)]
+    if len(found) > 1:
+        logging.getLogger(__name__).warning(
+            "%s holds %s: %s is taken", whose, " and ".join(found), found[0]
+        )
+    return wrapped[found[0]] if found else content
 
 
 def _guess(head: bytes) -> str | None:

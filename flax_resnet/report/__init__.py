@@ -62,6 +62,8 @@ def write_report(
     path = runs[0].workdir / "report.html" if output is None else user_path(output)
     if os.path.exists(path) and not os.path.isfile(path):  # a folder, or a device
         raise InputError(f"{path} is not a file: name one by --output")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"there is no folder {path.parent}: name another --output")
     short = [run.workdir.resolve().name for run in runs]
     names = short if len(set(short)) == len(short) else [str(run.workdir) for run in runs]
     described = [describe(run, data_dir, data) for run in runs]

@@ -111,7 +111,10 @@ def read_variables(checkpoint: Path, expected: Any = None) -> dict[str, Any]:
       InputError: if it is damaged, or of another model.
     """
     if found := damage_of(checkpoint):
-        raise InputError(f"checkpoint {checkpoint} is damaged: {found}")
+        raise InputError(
+            f"checkpoint {checkpoint} is damaged: {found}; the command of the run, given again, "
+            "sets it aside"
+        )
     silence_closed_event_loops()
     host = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(

@@ -43,7 +43,7 @@ def manual(tmp_path):
     return folder
 
 
-def tar(path, files, mode="w:gz"):
+def tar(path, files, mode: Any = "w:gz"):
     with tarfile.open(path, mode) as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
@@ -497,7 +497,7 @@ def test_pictures_of_imagenet_that_tfds_would_convert(tmp_path, manual):
     validation = {"ILSVRC2012_val_00000001.JPEG": file.getvalue()}
     tar(manual / "ILSVRC2012_img_val.tar", validation, "w")
     images, _ = Source("imagenet2012", "train", str(tmp_path)).read(np.arange(2))
-    assert np.abs(images - np.float32([200, 40, 40])).max() < 4
+    assert np.abs(images - np.array([200.0, 40, 40])).max() < 4
 
 
 def test_a_tfds_that_is_built_in_another_way(tmp_path, monkeypatch):

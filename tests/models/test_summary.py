@@ -64,6 +64,22 @@ def test_layers_of_flax():
     )
 
 
+def test_attention_and_a_layer_that_is_called_twice():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            convolution = nn.Conv(3, (3, 3))
+            x = convolution(convolution(x))
+            x = nn.ConvTranspose(64, (2, 2), strides=(2, 2))(x)
+            return nn.MultiHeadDotProductAttention(num_heads=8)(x.reshape(1, -1, 64))
+
+    once, twice, transposed, *attention = fr.summary(Net(), 2).layers
+    assert (once.parameters, twice.parameters) == (3 * 3 * 3 * 3 + 3, 0)
+    assert once.multiply_adds == twice.multiply_adds == 2 * 2 * 3 * 3 * 3 * 3
+    assert transposed.multiply_adds == 2 * 2 * 2 * 2 * 3 * 64
+    assert [layer.multiply_adds for layer in attention] == [4 * 4 * 64 * 64] * 4
+
+
 def test_table():
     table = str(fr.summary(fr.cifar_resnet8(), 32)).splitlines()
     assert table[0].split() == ["layer", "output", "parameters", "multiply-adds"]

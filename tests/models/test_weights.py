@@ -352,12 +352,22 @@ class TestPickles:
             (bias.to_sparse(), r"a sparse tensor: give its to_dense\(\)"),
             (quantized, r"a quantized .* dequantize"),
             (bias.to("meta"), "on the meta device, where it has no values"),
-            (bias.to(torch.complex64), "of real numbers, not complex64"),
+            (bias.to(torch.complex64), "not of real numbers, but complex64"),
         ):
             torch.save(tensors | {"fc.bias": other}, tmp_path / "odd.pth")
             assert_refused(tmp_path / "odd.pth", reason=f"odd.pth: fc.bias is {reason}")
             with pytest.raises(ValueError, match=f"^the state_dict: fc.bias is {reason}"):
                 fr.from_torch(MODEL, tensors | {"fc.bias": other})
+
+    def test_state_dict_within_a_larger_dict(self, tensors, variables):
+        for name in ("state_dict", "model"):
+            ours = fr.from_torch(MODEL, {name: tensors, "epoch": 3})
+            chex.assert_trees_all_equal(ours, fr.from_torch(MODEL, tensors))
+
+    def test_net_of_seven_stages(self):
+        model = fr.VGG(layers=(1,) * 7, widths=(4,) * 7, hidden=8, num_classes=3)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 128, 128, 3)), train=False)
+        chex.assert_trees_all_equal(fr.from_torch(model, fr.to_torch(model, variables)), variables)
 
     def test_without_pytorch(self, tmp_path, monkeypatch):
         (tmp_path / "net.pth").write_bytes(pickle.dumps({}))

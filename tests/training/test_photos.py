@@ -152,6 +152,17 @@ def test_prediction_prepares_a_picture_as_evaluation_did(photos_run, pictures, c
         assert shown["blue"] == pytest.approx(probabilities[i, 0], abs=1e-5)
 
 
+def test_evaluation_names_the_folder_that_it_reads(photos_run, pictures, tmp_path, call):
+    moved = tmp_path / "moved"
+    shutil.copytree(pictures, moved)
+    code, out, said = call(evaluate, "--workdir", photos_run[0], "--data_dir", moved)
+    assert (code, f"images of folder:{moved} " in out, "not all" in said) == (0, True, False)
+    min((moved / "val" / "red").iterdir()).unlink()
+    code, out, said = call(evaluate, "--workdir", photos_run[0], "--data_dir", moved)
+    assert (code, f"images of folder:{moved} " in out) == (0, True)
+    assert f"the pictures of folder:{moved} are not all the same as in training" in said
+
+
 def test_tensorboard_shows_the_random_crops(pictures, tmp_path):
     config = check_config(config_of(pictures, horizontal_flip=False))
     plan = make_plan(config, tmp_path / "run", Own())
