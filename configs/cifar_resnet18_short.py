@@ -3,7 +3,7 @@
     python train.py --config configs/cifar_resnet18_short.py
 
 The net of cifar_resnet18.py, with Muon on one cycle, flips that alternate from epoch to epoch, and
-cutout. Not run in full so far; for 8 epochs, which are too few, see docs/results.md.
+cutout. Not run in full so far: 12 epochs reach 90.0% in two hours, see docs/results.md.
 """
 
 from flax_resnet.training import default_config
