@@ -173,7 +173,7 @@ def damaged(pictures):
 
 def test_bad_pictures_are_named(damaged, user_cache):
     folder = Folder(str(damaged), "train")
-    message = r"^4 pictures of 24 cannot be read: (\S+\.png, ){2}\S+\.png and 1 more; --config.bad_"
+    message = r"^4 pictures of 24 cannot be read: (\S+\.png, ){2}\S+\.png and 1 more; take them out"
     for _ in range(2):  # from the cache too
         with pytest.raises(InputError, match=message):
             without_bad(folder, skip=False)

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from typing import Any
 
 import chex
@@ -366,7 +367,8 @@ class TestPickles:
 
     def test_net_of_seven_stages(self):
         model = fr.VGG(layers=(1,) * 7, widths=(4,) * 7, hidden=8, num_classes=3)
-        variables = model.init(jax.random.key(0), jnp.zeros((1, 128, 128, 3)), train=False)
+        images = jnp.zeros((1, 128, 128, 3))
+        variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images)
         chex.assert_trees_all_equal(fr.from_torch(model, fr.to_torch(model, variables)), variables)
 
     def test_without_pytorch(self, tmp_path, monkeypatch):
