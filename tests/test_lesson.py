@@ -194,11 +194,13 @@ def test_curves_of_a_run(finished, tmp_path, capsys, monkeypatch):
 
     capsys.readouterr()
     run(arguments)
-    missing = "--config.model=cifar_resnet56 --workdir runs/cifar_resnet56\n"
+    keys = "--config.model=cifar_resnet56 --config.num_steps=7800"
+    missing = f"{keys} --workdir runs/cifar_resnet56\n"
     assert capsys.readouterr().out.count(missing) == 1
     assert not (tmp_path / "curves.png").exists()
-    run([*arguments, "~/deep"])
-    assert "cifar_resnet56: epoch " in capsys.readouterr().out
+    for place in ("~/deep/metrics.jsonl", "~/deep"):
+        run([*arguments, place])
+        assert "cifar_resnet56: epoch " in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     drawn = json.loads((tmp_path / "curves.json").read_text())
     epochs = {name: [record["epoch"] for record in records] for name, records in drawn.items()}
