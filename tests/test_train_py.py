@@ -196,10 +196,8 @@ def test_devices_that_do_not_divide_the_batch(digits_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "lost",
-    ["closed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("read by nobody", "full"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["closed", "read by nobody", "full"])
 def test_a_run_goes_on_without_standard_error(lost, digits_dir, tmp_path):
     run = [sys.executable, "train.py", *DIGITS, f"--workdir={tmp_path}/run", "--config.num_steps=2"]
     run += ["--config.train_split=train[:64]", "--config.eval_split=test[:32]"]

@@ -217,6 +217,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_script_that_is_killed_goes_on_to_the_same_bits(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
