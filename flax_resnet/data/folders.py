@@ -138,9 +138,9 @@ def _examples(folder: Path, class_names: tuple[str, ...]) -> list[tuple[str, int
                 f"{printable(str(folder))} has a class that train has not: "
                 f"{printable(of_class.name)}"
             )
-        files = find_files(of_class)
-        pictures = [file for file in files if is_picture(file)]
-        others += [file for file in files if not is_picture(file)]
+        pictures = []
+        for file in find_files(of_class):
+            (pictures if is_picture(file) else others).append(file)
         if not pictures:
             raise InputError(f"class {printable(str(of_class))} has no pictures")
         examples += [(os.fspath(picture), labels[of_class.name]) for picture in pictures]

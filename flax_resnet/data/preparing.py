@@ -113,6 +113,8 @@ def _scratch_folder(beside: Path) -> Iterator[str]:
 
 # What TFDS takes from TensorFlow.
 
+_CONVERSIONS = ("jpeg_cmyk_to_rgb", "png_to_jpeg")  # of tensorflow_datasets.core.utils
+
 
 @contextlib.contextmanager
 def _without_tensorflow() -> Iterator[None]:
@@ -128,8 +130,7 @@ def _without_tensorflow() -> Iterator[None]:
         (download.DownloadManager, "_download"),
         (download.DownloadManager, "_get_manually_downloaded_path"),
         (type(lazy), "_module"),
-        (utils, "jpeg_cmyk_to_rgb"),
-        (utils, "png_to_jpeg"),
+        *((utils, name) for name in _CONVERSIONS),
     )
     if missing := [name for where, name in hooks if not hasattr(where, name)]:
         raise InputError(
@@ -142,7 +143,7 @@ def _without_tensorflow() -> Iterator[None]:
         stack.enter_context(mock.patch.object(download, "DownloadManager", _Downloads))
         if not importlib.util.find_spec("tensorflow"):
             stack.enter_context(mock.patch.dict(vars(lazy), {"_module": _TENSORFLOW}))
-            for name in ("jpeg_cmyk_to_rgb", "png_to_jpeg"):
+            for name in _CONVERSIONS:
                 stack.enter_context(mock.patch.object(utils, name, bytes))
         yield
 

@@ -27,6 +27,7 @@ _SECONDS_TO_SEE = 60  # what another host has written to a disk of the network
 _MILLISECONDS_TO_WAIT = 24 * 3600 * 1000  # for a data set to be downloaded and prepared
 
 T = TypeVar("T")
+Number = TypeVar("Number", bool, int)
 
 
 def connect(
@@ -204,9 +205,7 @@ def check_shared(folder: Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    number = np.int32(secrets.randbits(31))
-    number = int(multihost_utils.broadcast_one_to_all(number))  # the first host's
-    mark = folder / f".shared-{number}"
+    mark = folder / f".shared-{from_first_host(secrets.randbits(31))}"
     if jax.process_index() == 0:
         mark.touch()
     deadline = time.monotonic() + _SECONDS_TO_SEE
@@ -262,8 +261,8 @@ def _of_all(value: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.int32(value)))
 
 
-def from_first_host(value: bool) -> bool:
-    """The first host's value, on every host."""
+def from_first_host(value: Number) -> Number:
+    """The first host's value, on every host: of at most 31 bits."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -253,6 +253,8 @@ def _check_shapes(plan: Plan) -> None:
             raise InputError(
                 f"augment gives {_words(images)}, not images [{size}, H, W, {channels}]"
             )
+    floats = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    labels = jax.ShapeDtypeStruct((size,), jnp.int32)
     if "model" in plan.brought:
         variables = _attempt("model", variable_shapes, plan.model, plan.data.train.image_shape)
         if others := sorted(set(variables) - {"params", "batch_stats"}):
@@ -260,7 +262,6 @@ def _check_shapes(plan: Plan) -> None:
                 f"model {plan.model_name} has the collections {', '.join(others)}; params and "
                 "batch_stats are what is trained and kept"
             )
-        floats = jax.ShapeDtypeStruct(images.shape, jnp.float32)
         for train, when in ((False, ""), (True, " in training")):
             what = f"model {plan.model_name}{when}"
             logits = _shape_of(what, partial(_logits, plan.model, train), variables, floats)
@@ -274,15 +275,13 @@ def _check_shapes(plan: Plan) -> None:
         _attempt("optimizer", jax.eval_shape, partial(_one_update, plan), params)
     if "loss" in plan.brought:
         logits = jax.ShapeDtypeStruct((size, classes), jnp.float32)
-        losses = _shape_of("loss", plan.loss, logits, jax.ShapeDtypeStruct((size,), jnp.int32))
+        losses = _shape_of("loss", plan.loss, logits, labels)
         if losses.shape != (size,):
             raise InputError(
                 f"loss gives {_words(losses)} for {size} examples, not one number for each, "
                 f"[{size}]"
             )
     if brought := [name for name in ("model", "loss") if name in plan.brought]:
-        labels = jax.ShapeDtypeStruct((size,), jnp.int32)
-        floats = jax.ShapeDtypeStruct(images.shape, jnp.float32)
         batch = {"image": floats, "label": labels}
         _attempt(" and ".join(brought), jax.eval_shape, partial(_one_step, plan), batch)
 

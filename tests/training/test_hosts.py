@@ -109,21 +109,26 @@ def assert_same_losses(together, alone):
         assert correct == pytest.approx(round(correct))
 
 
-@pytest.mark.slow
-def test_a_folder_that_the_hosts_do_not_share(digits_dir, tmp_path):
-    script = """
+def command_with(limit):
+    """A run in which that limit of `hosts` is one second."""
+    script = f"""
         import runpy, sys
         from flax_resnet.training import hosts
 
-        hosts._SECONDS_TO_SEE = 1
+        hosts.{limit} = 1
         sys.argv = sys.argv[1:]
         runpy.run_path("train.py", run_name="__main__")
     """
+    return [sys.executable, "-c", textwrap.dedent(script), "train.py", *RUN]
+
+
+@pytest.mark.slow
+def test_a_folder_that_the_hosts_do_not_share(digits_dir, tmp_path):
     meet = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
     processes = [
         subprocess.Popen(
             [
-                *(sys.executable, "-c", textwrap.dedent(script), "train.py", *RUN, *meet),
+                *(*command_with("_SECONDS_TO_SEE"), *meet),
                 *(f"--process_id={i}", f"--workdir={tmp_path / str(i)}"),
             ],
             cwd=ROOT,
@@ -206,16 +211,8 @@ def test_a_signal_while_it_waits_for_the_others(digits_dir, tmp_path, number, co
 
 @pytest.mark.slow
 def test_partners_that_do_not_come(digits_dir, tmp_path):
-    script = """
-        import runpy, sys
-        from flax_resnet.training import hosts
-
-        hosts._SECONDS_TO_MEET = 1
-        sys.argv = sys.argv[1:]
-        runpy.run_path("train.py", run_name="__main__")
-    """
     meet = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--process_id=0"]
-    command = [sys.executable, "-c", textwrap.dedent(script), "train.py", *RUN, *meet]
+    command = [*command_with("_SECONDS_TO_MEET"), *meet]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert "the processes of this run did not meet in 1 s" in result.stderr
